@@ -1,0 +1,192 @@
+"""Attention as a mixer: Llama's, with the keys kept in a state that is passed in and out."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, repeat_kv
+
+from .configuration_hope import HopeConfig
+from .key_layout import AttentionPlan, KeyLayout, Reading
+
+
+class AttentionState(NamedTuple):
+    """
+    What an attention layer remembers: keys (rotated) and values of the positions in its `KeyLayout`, left-packed.
+
+    Shapes: `[batch, key_value_heads, slots, head_dim]`; slots past a row's count hold nothing of meaning.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def select(self, rows: torch.Tensor) -> AttentionState:
+        """The state of some rows, `[rows]` int64, in that order."""
+        return AttentionState(self.keys.index_select(0, rows), self.values.index_select(0, rows))
+
+    def place(self, rows: torch.Tensor, state: AttentionState) -> AttentionState:
+        """This state with the rows `rows` replaced by those of `state`."""
+        return AttentionState(_place(self.keys, rows, state.keys), _place(self.values, rows, state.values))
+
+    def detach(self) -> AttentionState:
+        return AttentionState(self.keys.detach(), self.values.detach())
+
+    def to(self, device: torch.device) -> AttentionState:
+        return AttentionState(self.keys.to(device), self.values.to(device))
+
+
+class HopeAttention(LlamaAttention):
+    """Causal self-attention with rotary positions, over everything read or over a sliding window with sinks."""
+
+    def __init__(self, config: HopeConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.layout = key_layout(config, layer_idx)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,
+        state: AttentionState | None,
+        reading: Reading,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        keep_state: bool,
+    ) -> tuple[torch.Tensor, AttentionState | None, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states: `[batch, width, hidden_size]`.
+            state: what the rows have cached; `None` when they have read nothing.
+            reading: the stretch of its stream that each row reads.
+            position_embeddings: cosines and sines, `[batch or 1, width, head_dim]`.
+            keep_state: whether the caller wants the new state.
+
+        Returns:
+            The output `[batch, width, hidden_size]`, the new state or `None`, and the attention weights
+            `[batch, heads, width, keys]` where the implementation makes them.
+        """
+        batch, width, _ = hidden_states.shape
+        by_head = (batch, width, -1, self.head_dim)
+        queries = self.q_proj(hidden_states).view(by_head).transpose(1, 2)
+        keys = self.k_proj(hidden_states).view(by_head).transpose(1, 2)
+        values = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
+        queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)
+
+        plan = reading.plan(self.layout)
+        if plan.cached:
+            assert state is not None
+            keys = torch.cat([state.keys[:, :, : plan.cached], keys], dim=2)
+            values = torch.cat([state.values[:, :, : plan.cached], values], dim=2)
+        output, weights = attend(self, queries, keys, values, plan)
+        new_state = AttentionState(plan.keep(keys), plan.keep(values)) if keep_state else None
+        return self.o_proj(output.reshape(batch, width, -1)), new_state, weights
+
+
+def key_layout(config: HopeConfig, layer_idx: int) -> KeyLayout:
+    """The layout of the keys of a layer."""
+    sliding = config.layer_types[layer_idx] == "sliding_attention"  # type: ignore[index]
+    window = config.sliding_window if sliding else None
+    return KeyLayout(window, config.attention_sinks if sliding else 0, config.segment_length)
+
+
+def attend(
+    module: HopeAttention, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: AttentionPlan
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Attention by the implementation that `config._attn_implementation` names.
+
+    Args:
+        queries: `[batch, heads, width, head_dim]`.
+        keys, values: `[batch, key_value_heads, cached + width, head_dim]`.
+
+    Returns:
+        `[batch, width, heads, head_dim]`, and the weights or `None`.
+    """
+    implementation = module.config._attn_implementation
+    dropout = module.attention_dropout if module.training else 0.0
+    options: dict[str, Any] = {"dropout": dropout, "scaling": module.scaling}
+    if "flash" in implementation:
+        return _flash_attend(module, queries, keys, values, plan, options)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+    mask = plan.mask
+    if mask is None and implementation == "eager" and queries.shape[2] > 1:
+        positions = torch.arange(queries.shape[2], device=queries.device)[None]
+        mask = plan.layout.visible(positions, positions)[:, None]
+    output, weights = function(module, queries, keys, values, mask, **options)
+    return output, weights
+
+
+def eager_attention(
+    module: HopeAttention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(q k^T / sqrt(d)) v, in float32 or better, with the interface of Transformers' attention functions."""
+    key = repeat_kv(key, module.num_key_value_groups)
+    value = repeat_kv(value, module.num_key_value_groups)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    weights = scores.softmax(-1, dtype=wide).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def _flash_attend(
+    module: HopeAttention,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    plan: AttentionPlan,
+    options: dict[str, Any],
+) -> tuple[torch.Tensor, None]:
+    """Flash attention takes no mask: rows are laid end to end, and their lengths say where one ends."""
+    layout = plan.layout
+    if layout.window is not None and layout.sinks:
+        raise ValueError(
+            f"`attn_implementation={module.config._attn_implementation!r}` cannot keep `attention_sinks` "
+            f"({layout.sinks}) in view of a sliding window: load the model with attn_implementation='sdpa', or set "
+            "attention_sinks=0."
+        )
+    batch, heads, width, head_dim = queries.shape
+    device = queries.device
+    slots = torch.arange(width, device=device)
+    real = slots < torch.tensor(plan.query_counts, device=device)[:, None]
+    valid = plan.valid_keys if plan.valid_keys is not None else real.new_ones(batch, keys.shape[2])
+    flat_queries = queries.transpose(1, 2)[real].transpose(0, 1)[None]
+    flat_keys = keys.transpose(1, 2)[valid].transpose(0, 1)[None]
+    flat_values = values.transpose(1, 2)[valid].transpose(0, 1)[None]
+    function = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
+    output, _ = function(
+        module,
+        flat_queries,
+        flat_keys,
+        flat_values,
+        None,
+        sliding_window=layout.window,
+        cu_seq_lens_q=_offsets(plan.query_counts, device),
+        cu_seq_lens_k=_offsets(plan.key_counts, device),
+        max_length_q=max(plan.query_counts),
+        max_length_k=max(plan.key_counts),
+        **options,
+    )
+    unpacked = output.new_zeros(batch, width, heads, head_dim)
+    unpacked[real] = output[0]
+    return unpacked, None
+
+
+def _offsets(lengths: list[int], device: torch.device) -> torch.Tensor:
+    return nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32)
+
+
+def _place(tensor: torch.Tensor, rows: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    slots = max(tensor.shape[2], part.shape[2])
+    tensor = nn.functional.pad(tensor, (0, 0, 0, slots - tensor.shape[2]))
+    part = nn.functional.pad(part, (0, 0, 0, slots - part.shape[2]))
+    return tensor.index_copy(0, rows, part)

@@ -1,0 +1,316 @@
+"""HopeConfig: every choice that makes a Hope model, typed, validated once."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+MIXERS = ("full_attention", "sliding_attention")
+VARIANTS = ("sequential", "nested", "independent")
+AGGREGATIONS = ("sum", "weighted_sum", "gated", "concat", "attention")
+FAST_WEIGHTS = ("all", "down_proj")
+OPTIMIZERS = ("sgd", "momentum", "dgd")
+TRAINING_MODES = ("static", "first_order")
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+PER_LEVEL_FIELDS = ("intermediate_size", "cms_learning_rates", "cms_decay")
+
+# What a memory's tensors and its place in the stream depend on: a cache fits a model when these agree.
+MEMORY_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "layer_types",
+    "sliding_window",
+    "attention_sinks",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "cms_periods",
+    "cms_levels_per_layer",
+    "cms_variant",
+    "cms_aggregation",
+    "cms_fast_weights",
+    "cms_optimizer",
+)
+
+
+@strict
+class HopeConfig(PreTrainedConfig):
+    r"""
+    Configuration of a Hope model (*Nested Learning*, arXiv 2512.24695). Fields that Llama has bear Llama's names.
+
+    Each layer is a mixer followed by a continuum memory system (CMS): SwiGLU MLP blocks, the *levels*, that learn at
+    test time, each at its own pace.
+
+    Args:
+        intermediate_size (`int` or `list[int]`, *optional*):
+            Hidden units of a level's MLP, one number for all levels or one per level. Unset: a layer's levels together
+            have about the parameters of one Llama MLP of this width.
+        layer_types (`list[str]`, *optional*):
+            The mixer of each layer, `"full_attention"` or `"sliding_attention"`. Unset: all `"full_attention"`, or all
+            `"sliding_attention"` when `sliding_window` is set.
+        sliding_window (`int`, *optional*):
+            Tokens in view of a sliding-attention layer, the current one included.
+        attention_sinks (`int`, defaults to 4):
+            First tokens of the stream that stay in view of a sliding window. Without them a window that leaves the
+            start behind ruins a pretrained model.
+        cms_periods (`list[int | None]`, defaults to `[512, 2048, 8192]`):
+            Tokens between two updates of each level, fastest first, each a multiple of the one before; `None` for a
+            level that never learns at test time. The first is also the length of a segment.
+        cms_levels_per_layer (`list[list[int]]`, *optional*):
+            Indices into `cms_periods` of the levels that each layer holds. Unset: every layer holds all.
+        cms_variant (`str`, defaults to `"sequential"`):
+            `"sequential"` (Eq. 70, 73), `"nested"` (Eq. 72) or `"independent"` (Eq. 74).
+        cms_aggregation (`str`, defaults to `"weighted_sum"`):
+            How `"independent"` levels are joined: `"sum"`, `"weighted_sum"`, `"gated"`, `"concat"` or `"attention"`.
+        cms_learning_rates (`float` or `list[float]`, defaults to 0.1):
+            Inner learning rate, one for all levels or one per level. A level with rate 0 never changes.
+        cms_learn_rates (`bool`, defaults to `False`):
+            Make the rates parameters, one per layer and level, that start at `cms_learning_rates`.
+        cms_decay (`float` or `list[float]`, defaults to 0.0):
+            Fraction of a level's change that is forgotten at each of its updates.
+        cms_nested_rate (`float`, defaults to 0.5):
+            `"nested"` only: how far a level's initial change moves toward where the level got to.
+        cms_surprise_threshold (`float`, defaults to 0.0):
+            Segments with a mean loss below this (nats per token) are not learned.
+        cms_max_update_norm (`float`, *optional*, defaults to 1.0):
+            Largest norm of the mean gradient of one row and level; `None` for no bound.
+        cms_fast_weights (`str`, defaults to `"all"`):
+            Which maps of a level learn: `"all"` or `"down_proj"`.
+        cms_optimizer (`str`, defaults to `"sgd"`):
+            Inner optimizer: `"sgd"`, `"momentum"` or `"dgd"` (delta gradient descent, Eq. 57).
+        cms_momentum (`float`, defaults to 0.9):
+            Momentum of the inner optimizer `"momentum"`.
+        cms_learning (`bool`, defaults to `True`):
+            Whether the model learns at test time, in `eval()` mode, when the call does not say.
+        cms_training (`str`, defaults to `"static"`):
+            The same in `train()` mode: `"static"` (levels are plain MLPs) or `"first_order"` (updates run in the
+            forward pass; the outer gradient takes them as constants).
+
+    Raises:
+        ValueError: a field has an impossible value; the message names the field and the fix.
+
+    ```python
+    >>> from modeling_hope import HopeConfig, HopeForCausalLM
+    >>> config = HopeConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    >>> model = HopeForCausalLM(config)
+    ```
+    """
+
+    model_type = "hope"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 1024
+    intermediate_size: int | list[int] | tuple[int, ...] | None = None
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 8192
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    rope_parameters: dict[str, Any] | None = None
+    attention_bias: bool = False
+    attention_dropout: int | float = 0.0
+    mlp_bias: bool = False
+    layer_types: list[str] | tuple[str, ...] | None = None
+    sliding_window: int | None = None
+    attention_sinks: int = 4
+    cms_periods: list[int | None] | tuple[int | None, ...] = (512, 2048, 8192)
+    cms_levels_per_layer: list[list[int]] | tuple[list[int] | tuple[int, ...], ...] | None = None
+    cms_variant: str = "sequential"
+    cms_aggregation: str = "weighted_sum"
+    cms_learning_rates: int | float | list[int | float] | tuple[int | float, ...] = 0.1
+    cms_learn_rates: bool = False
+    cms_decay: int | float | list[int | float] | tuple[int | float, ...] = 0.0
+    cms_nested_rate: int | float = 0.5
+    cms_surprise_threshold: int | float = 0.0
+    cms_max_update_norm: int | float | None = 1.0
+    cms_fast_weights: str = "all"
+    cms_optimizer: str = "sgd"
+    cms_momentum: int | float = 0.9
+    cms_learning: bool = True
+    cms_training: str = "static"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # Lists only, so that a config equals its own reading from JSON.
+        self.cms_periods = list(self.cms_periods)
+        levels = len(self.cms_periods)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+        if self.layer_types is None:
+            mixer = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [mixer] * self.num_hidden_layers
+        self.layer_types = list(self.layer_types)
+        if self.cms_levels_per_layer is None:
+            self.cms_levels_per_layer = [list(range(levels)) for _ in range(self.num_hidden_layers)]
+        self.cms_levels_per_layer = [list(held) for held in self.cms_levels_per_layer]
+        if self.intermediate_size is None:
+            held_at_most = max((len(held) for held in self.cms_levels_per_layer), default=1)
+            self.intermediate_size = _llama_intermediate_size(self.hidden_size, max(held_at_most, 1))
+        for name in PER_LEVEL_FIELDS:
+            if isinstance(getattr(self, name), tuple):
+                setattr(self, name, list(getattr(self, name)))
+        super().__post_init__(**kwargs)
+
+    @property
+    def segment_length(self) -> int | None:
+        """Tokens in a segment, the period of the fastest level; `None` when no level ever learns."""
+        return self.cms_periods[0] if self.cms_periods else None
+
+    @property
+    def learning_levels(self) -> list[int]:
+        """Levels that can change at test time, fastest first: held by a layer, with a period and a rate."""
+        held = {level for levels in self.cms_levels_per_layer or [] for level in levels}
+        return [
+            level
+            for level, (period, rate) in enumerate(zip(self.cms_periods, self.level_learning_rates, strict=True))
+            if level in held and period is not None and (self.cms_learn_rates or rate != 0)
+        ]
+
+    @property
+    def level_intermediate_sizes(self) -> list[int]:
+        """Hidden units of each level's MLP."""
+        return _one_per_level(self.intermediate_size, len(self.cms_periods))
+
+    @property
+    def level_learning_rates(self) -> list[float]:
+        """Inner learning rate of each level."""
+        return _one_per_level(self.cms_learning_rates, len(self.cms_periods))
+
+    @property
+    def level_decays(self) -> list[float]:
+        """What each level forgets of its change at an update, as a fraction."""
+        return _one_per_level(self.cms_decay, len(self.cms_periods))
+
+    @property
+    def memory_fields(self) -> dict[str, Any]:
+        """The fields a memory depends on; a `HopeCache` made for one set of them serves no other."""
+        return {name: getattr(self, name) for name in MEMORY_FIELDS}
+
+    def validate_layer_type(self) -> None:
+        """Our mixers, in place of the list that Transformers keeps."""
+        if len(self.layer_types or []) != self.num_hidden_layers:
+            raise ValueError(
+                f"`layer_types` has {len(self.layer_types or [])} entries for num_hidden_layers={self.num_hidden_layers}: "
+                "give one mixer per layer."
+            )
+        for mixer in self.layer_types or []:
+            _one_of("layer_types", mixer, MIXERS)
+        if "sliding_attention" in (self.layer_types or []) and (self.sliding_window or 0) < 1:
+            raise ValueError(
+                f"`sliding_window` must be at least 1 when `layer_types` has 'sliding_attention', got {self.sliding_window}."
+            )
+
+    def validate_architecture(self) -> None:
+        """Part of the strict validation of Transformers' configs."""
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.num_attention_heads % self.num_key_value_heads:  # type: ignore[operator]
+            raise ValueError(
+                f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
+                f"({self.num_key_value_heads})."
+            )
+        if self.attention_sinks < 0:
+            raise ValueError(f"`attention_sinks` must be 0 or more, got {self.attention_sinks}.")
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type in LENGTH_DEPENDENT_ROPE:
+            raise ValueError(
+                f"`rope_parameters` has rope_type {rope_type!r}, whose angles depend on the length of the call: the same "
+                "text read in one call or in several would give different outputs. Use 'default', 'linear', 'yarn' or 'llama3'."
+            )
+
+    def validate_continuum_memory(self) -> None:
+        """Part of the strict validation of Transformers' configs."""
+        _one_of("cms_variant", self.cms_variant, VARIANTS)
+        _one_of("cms_aggregation", self.cms_aggregation, AGGREGATIONS)
+        _one_of("cms_fast_weights", self.cms_fast_weights, FAST_WEIGHTS)
+        _one_of("cms_optimizer", self.cms_optimizer, OPTIMIZERS)
+        _one_of("cms_training", self.cms_training, TRAINING_MODES)
+        _check_periods(self.cms_periods)
+        levels = len(self.cms_periods)
+        for name in PER_LEVEL_FIELDS:
+            values = getattr(self, name)
+            if isinstance(values, list) and len(values) != levels:
+                raise ValueError(
+                    f"`{name}` has {len(values)} entries for {levels} levels in `cms_periods`: give one number for all, "
+                    "or one per level."
+                )
+        if any(size < 1 for size in self.level_intermediate_sizes):
+            raise ValueError(f"`intermediate_size` must be at least 1 for every level, got {self.intermediate_size}.")
+        if any(rate < 0 for rate in self.level_learning_rates):
+            raise ValueError(f"`cms_learning_rates` must be 0 or more, got {self.cms_learning_rates}.")
+        if self.cms_learn_rates and any(rate == 0 for rate in self.level_learning_rates):
+            raise ValueError(
+                "`cms_learn_rates` needs every entry of `cms_learning_rates` above 0: rates are learned as logarithms."
+            )
+        if any(not 0 <= decay <= 1 for decay in self.level_decays):
+            raise ValueError(f"`cms_decay` must lie between 0 and 1, got {self.cms_decay}.")
+        for name in ("cms_nested_rate", "cms_momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
+        if self.cms_max_update_norm is not None and self.cms_max_update_norm <= 0:
+            raise ValueError(f"`cms_max_update_norm` must be above 0, or None for no bound, got {self.cms_max_update_norm}.")
+        held_by_layer = self.cms_levels_per_layer or []
+        if len(held_by_layer) != self.num_hidden_layers:
+            raise ValueError(
+                f"`cms_levels_per_layer` has {len(held_by_layer)} entries for num_hidden_layers={self.num_hidden_layers}: "
+                "give one list of levels per layer."
+            )
+        for layer, held in enumerate(held_by_layer):
+            if not held or len(set(held)) != len(held) or any(not 0 <= level < levels for level in held):
+                raise ValueError(
+                    f"`cms_levels_per_layer[{layer}]` is {held}: give one or more different levels between 0 and {levels - 1} "
+                    "(indices into `cms_periods`; for a layer that never learns, one whose period is None)."
+                )
+
+
+def _llama_intermediate_size(hidden_size: int, blocks: int) -> int:
+    """Hidden units of each of `blocks` MLPs that together have about the parameters of one Llama MLP (8/3 widths)."""
+    return max(8 * round(8 * hidden_size / 3 / blocks / 8), 8)
+
+
+def _one_per_level(value: Any, levels: int) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value] * levels
+
+
+def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"`{field}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def _check_periods(periods: list[int | None] | tuple[int | None, ...]) -> None:
+    if not periods:
+        raise ValueError("`cms_periods` is empty: give one period per level, or [None] for a model that never learns.")
+    previous = 1
+    for level, period in enumerate(periods):
+        if period is None:
+            if any(later is not None for later in periods[level:]):
+                raise ValueError(f"`cms_periods` must end with its None entries (levels that never learn), got {list(periods)}.")
+            return
+        if period < 2:
+            raise ValueError(f"`cms_periods[{level}]` must be at least 2 (a segment needs an input and a target), got {period}.")
+        if period % previous:
+            raise ValueError(
+                f"`cms_periods[{level}]` is {period}, not a multiple of the faster level's {previous}: every period must be "
+                "a multiple of the one before it."
+            )
+        previous = period
+
+
+__all__ = ["HopeConfig"]

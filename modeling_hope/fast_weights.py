@@ -1,0 +1,192 @@
+"""Weights that differ from row to row: what a level learned, and linear maps that use it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+# The maps of a level's MLP by what `config.cms_fast_weights` calls them.
+LEARNED_MAPS = {"all": ("gate_proj", "up_proj", "down_proj"), "down_proj": ("down_proj",)}
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LevelMemory:
+    """
+    What one row's level of one layer has learned. Never changed in place, so rows and forks may share it.
+
+    Every tensor has the shape of its map's weight, `[out_features, in_features]`, in float32 or better.
+
+    Attributes:
+        change: by map, what is added to the slow weight; empty until the first update.
+        initial: `nested` only, the change that the level restarts from; empty means zero.
+        gradient: sum over the tokens learned since the last update; empty when there are none.
+        momentum: inner optimizer `momentum` only; empty means zero.
+    """
+
+    change: Tensors = field(default_factory=dict)
+    initial: Tensors = field(default_factory=dict)
+    gradient: Tensors = field(default_factory=dict)
+    momentum: Tensors = field(default_factory=dict)
+    _merged: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = field(default_factory=dict, repr=False, compare=False)
+
+    def merged(self, name: str, slow: torch.Tensor) -> torch.Tensor:
+        """Slow weight plus change, made once: reading two weights at every token would cost twice the time of one."""
+        known = self._merged.get(name)
+        if known is None or known[0] is not slow or known[1] != slow._version:
+            known = (slow, slow._version, (slow + self.change[name]).detach())
+            self._merged[name] = known
+        return known[2]
+
+    def with_change(self, change: Tensors, **fields: Tensors) -> LevelMemory:
+        return replace(self, change=change, _merged={}, **fields)
+
+    def to(self, device: torch.device) -> LevelMemory:
+        moved = {
+            name: {key: tensor.to(device) for key, tensor in getattr(self, name).items()} for name in MEMORY_TENSORS
+        }
+        return LevelMemory(**moved)
+
+
+MEMORY_TENSORS = ("change", "initial", "gradient", "momentum")
+NOTHING_LEARNED = LevelMemory()
+
+
+class RowWeight(NamedTuple):
+    """
+    A map's weight for one row: `tensor` replaces the slow weight (`whole`), or is added to it.
+
+    Both are the same map. A sum is rounded to the dtype of the weights, which a low precision cannot afford: there the
+    two products are added instead.
+    """
+
+    tensor: torch.Tensor
+    whole: bool
+
+
+@dataclass
+class LevelWeights:
+    """
+    The weights that a level of one layer uses in one run of the model.
+
+    Attributes:
+        rows: for each row, its weights by map; `None` for a row that uses the slow weights alone.
+        traced: for each row, the tensors to take the gradient of, by map; empty unless the run is learned from.
+        inputs, outputs: by map, `[batch, width, features]`, what went in and came out (without the bias), for the
+            rules that need it (`dgd`).
+        record: whether to record them.
+    """
+
+    rows: list[dict[str, RowWeight] | None]
+    traced: list[Tensors] = field(default_factory=list)
+    inputs: Tensors = field(default_factory=dict)
+    outputs: Tensors = field(default_factory=dict)
+    record: bool = False
+
+    def linear(self, name: str, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """The map `name` of every row, `[batch, width, in_features]` to `[batch, width, out_features]`."""
+        y = fast_linear(module, x, [row.get(name) if row else None for row in self.rows])
+        if self.record and name in self.traced[0]:
+            bias = getattr(module, "bias", None)
+            self.inputs[name] = x.detach()
+            self.outputs[name] = y.detach() if bias is None else (y - bias).detach()
+        return y
+
+
+def fast_linear(module: nn.Module, x: torch.Tensor, rows: Sequence[RowWeight | None]) -> torch.Tensor:
+    """`y_b = (W + Delta_b) x_b`, rows that share a weight in one product."""
+    outputs = []
+    for start, stop in _runs(rows):
+        row, part = rows[start], x[start:stop]
+        if row is None:
+            outputs.append(module(part))
+        elif row.whole:
+            outputs.append(F.linear(part, row.tensor, module.bias))  # type: ignore[arg-type]
+        else:
+            outputs.append(module(part) + F.linear(part, row.tensor.to(part.dtype)))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _runs(rows: Sequence[RowWeight | None]) -> list[tuple[int, int]]:
+    """Bounds of the stretches of neighbouring rows that share one weight."""
+    weights = [row.tensor if row else None for row in rows]
+    starts = [i for i in range(len(rows)) if i == 0 or weights[i] is not weights[i - 1]]
+    return list(zip(starts, [*starts[1:], len(rows)], strict=True))
+
+
+def can_merge(module: nn.Module) -> bool:
+    """Whether slow weight plus change loses nothing that counts: a plain linear map in float32 or better."""
+    weight = getattr(module, "weight", None)
+    return type(module) is nn.Linear and weight is not None and weight.dtype in (torch.float32, torch.float64)
+
+
+def reading_weights(
+    mlp: nn.Module, memories: Sequence[LevelMemory], maps: Sequence[str], merge: bool
+) -> LevelWeights | None:
+    """
+    The weights to read with, nothing learned from the run.
+
+    `merge`: use the sum of slow weight and change where nothing is lost by it. It is a constant: an outer gradient
+    does not reach the slow weight through it.
+    """
+    rows: list[dict[str, RowWeight] | None] = []
+    for memory in memories:
+        if not memory.change:
+            rows.append(None)
+            continue
+        weights = {}
+        for name in maps:
+            module = getattr(mlp, name)
+            if merge and can_merge(module):
+                weights[name] = RowWeight(memory.merged(name, module.weight), whole=True)
+            else:
+                weights[name] = RowWeight(memory.change[name], whole=False)
+        rows.append(weights)
+    return LevelWeights(rows) if any(rows) else None
+
+
+def learning_weights(
+    mlp: nn.Module, memories: Sequence[LevelMemory], maps: Sequence[str], merge: bool, record: bool
+) -> LevelWeights:
+    """
+    The weights of a run that is learned from: an alias of its own for every row, to take the gradient of.
+
+    Own aliases keep the gradient of a segment from leaking into another through old keys and values, and keep the
+    rows apart though they share the slow weights.
+    """
+    rows: list[dict[str, RowWeight] | None] = []
+    traced: list[Tensors] = []
+    for memory in memories:
+        weights = {}
+        for name in maps:
+            module = getattr(mlp, name)
+            change = memory.change.get(name)
+            plain = type(module) is nn.Linear
+            if merge and change is None and plain:
+                weights[name] = RowWeight(_alias(module.weight), whole=True)
+            elif merge and can_merge(module):
+                weights[name] = RowWeight(_alias(memory.merged(name, module.weight)), whole=True)
+            else:
+                weights[name] = RowWeight(_alias(_zero_change(module) if change is None else change), whole=False)
+        rows.append(weights)
+        traced.append({name: weight.tensor for name, weight in weights.items()})
+    return LevelWeights(rows, traced, record=record)
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers (no copy), a leaf of their own."""
+    return tensor.detach().view_as(tensor).requires_grad_()
+
+
+def _zero_change(module: nn.Module) -> torch.Tensor:
+    out_features, in_features = module.out_features, module.in_features
+    weight = next(module.parameters())
+    dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+    return torch.zeros(out_features, in_features, dtype=dtype, device=weight.device)  # type: ignore[call-overload]

@@ -1,0 +1,233 @@
+"""How the levels learn from a stream (Eq. 71): where segments end, their gradient, and the update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+
+from .cache_hope import LOSSES_KEPT, HopeCache, StreamRecord
+from .configuration_hope import HopeConfig
+from .fast_weights import LEARNED_MAPS, LevelMemory, LevelWeights, Tensors, learning_weights, reading_weights
+
+
+if TYPE_CHECKING:
+    from .modeling_hope import HopeModel
+
+# The weights of one run: for each layer, by level.
+RunWeights = list[dict[int, LevelWeights]]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """
+    What a row reads next.
+
+    Attributes:
+        length: tokens up to the next place where something happens, or to the end of the call.
+        learn: the stretch completes a segment that is learned from.
+    """
+
+    length: int
+    learn: bool = False
+
+
+def next_stretch(record: StreamRecord, coming: torch.Tensor, config: HopeConfig) -> Stretch:
+    """
+    How far a row may read before its levels have to act.
+
+    `coming`: which of the tokens to come are to be learned from, `[tokens]` bool on the CPU. Where nothing is learned
+    and nothing waits, a row reads to the end in one go: the ends of such segments do not concern it.
+    """
+    total = len(coming)
+    segment, levels = config.segment_length, config.learning_levels
+    waiting = any(record.pairs[level] for level in levels)
+    if segment is None or not levels or not (waiting or bool(record.learn.any()) or bool(coming.any())):
+        return Stretch(total)
+    open_tokens = record.seen % segment
+    learn = torch.cat([record.learn, coming])
+    for end in range(segment, open_tokens + total + 1, segment):
+        # The first token of a segment is an input only: its prediction lies across the cut.
+        if bool(learn[end - segment + 1 : end].any()):
+            before = end - segment - open_tokens
+            return Stretch(before) if before > 0 else Stretch(end - open_tokens, learn=True)
+        position = record.seen - open_tokens + end
+        if any(record.pairs[level] and position % _period(config, level) == 0 for level in levels):
+            return Stretch(end - open_tokens)
+    return Stretch(total)
+
+
+def run_weights(model: HopeModel, cache: HopeCache, rows: Sequence[int], learn: bool, constant: bool) -> RunWeights:
+    """
+    The weights with which the levels run for these rows of the memory.
+
+    `learn`: to take the gradient of the run. `constant`: no outer gradient has to reach the slow weights.
+    """
+    maps = LEARNED_MAPS[model.config.cms_fast_weights]
+    record = model.config.cms_optimizer == "dgd"
+    learning = model.config.learning_levels if learn else []
+    run: RunWeights = []
+    for decoder_layer, cache_layer in zip(model.layers, cache.layers, strict=True):
+        used: dict[int, LevelWeights] = {}
+        for level, memories in cache_layer.levels.items():
+            mlp, chosen = decoder_layer.cms.level(level), [memories[row] for row in rows]
+            if level in learning:
+                used[level] = learning_weights(mlp, chosen, maps, merge=constant, record=record)
+            elif (weights := reading_weights(mlp, chosen, maps, merge=constant)) is not None:
+                used[level] = weights
+        run.append(used)
+    return run
+
+
+def segment_loss(logits: torch.Tensor, ids: torch.Tensor, learn: torch.Tensor) -> torch.Tensor:
+    """
+    Next-token loss inside a segment, summed over its pairs, `[rows]` (nats), in float32 or better.
+
+    Inputs and targets both lie inside the segment, so that its update needs nothing from beyond a cut.
+
+    Args:
+        logits: `[rows, segment, vocab_size]`.
+        ids: `[rows, segment]` int64.
+        learn: `[rows, segment]` bool, which tokens may be targets.
+    """
+    wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    targets = ids[:, 1:].masked_fill(~learn[:, 1:], -100)
+    return F.cross_entropy(wide.transpose(1, 2), targets, reduction="none").sum(1)
+
+
+def gradients(
+    loss: torch.Tensor, run: RunWeights, learn: torch.Tensor, config: HopeConfig, keep_graph: bool
+) -> list[dict[int, list[Tensors]]]:
+    """
+    Gradient of each row's segment loss with respect to its own changes: by layer, level, row and map.
+
+    `dgd` adds the gradient of 1/2 |W x|^2, x the input of a pair held constant (Eq. 57 summed over the segment).
+    """
+    traced = [
+        tensor for layer in run for weights in layer.values() for row in weights.traced for tensor in row.values()
+    ]
+    found = iter(torch.autograd.grad(loss.sum(), traced, retain_graph=keep_graph))
+    # A pair's input is the token before its target.
+    inputs = F.pad(learn[:, 1:], (0, 1))
+    result: list[dict[int, list[Tensors]]] = []
+    for layer in run:
+        by_level: dict[int, list[Tensors]] = {}
+        for level, weights in layer.items():
+            rows = []
+            for index, row in enumerate(weights.traced):
+                taken = {}
+                for name, tensor in row.items():
+                    gradient = next(found).to(torch.promote_types(tensor.dtype, torch.float32))
+                    if config.cms_optimizer == "dgd":
+                        x, y = weights.inputs[name][index], weights.outputs[name][index]
+                        gradient = gradient + ((y * inputs[index, :, None]).mT @ x).to(gradient.dtype)
+                    taken[name] = gradient
+                rows.append(taken)
+            if rows:
+                by_level[level] = rows
+        result.append(by_level)
+    return result
+
+
+def gather(
+    cache: HopeCache,
+    row: int,
+    loss: float,
+    pairs: int,
+    segment_gradients: list[dict[int, Tensors]],
+    config: HopeConfig,
+) -> None:
+    """Add a segment's gradient to what waits for the levels' updates, unless it is unsurprising or not finite."""
+    record = cache.rows[row]
+    mean = loss / pairs
+    record = replace(record, losses=(*record.losses, mean)[-LOSSES_KEPT:])
+    if mean < config.cms_surprise_threshold:
+        cache.rows[row] = replace(record, skipped=record.skipped + 1)
+        return
+    tensors = [tensor for layer in segment_gradients for maps in layer.values() for tensor in maps.values()]
+    # One sum tells whether any entry is not finite, without another pass for each tensor.
+    if not math.isfinite(mean) or not math.isfinite(sum(float(tensor.sum()) for tensor in tensors)):
+        cache.rows[row] = replace(record, nonfinite=record.nonfinite + 1)
+        return
+    for layer, by_level in zip(cache.layers, segment_gradients, strict=True):
+        for level, maps in by_level.items():
+            memory = layer.levels[level][row]
+            gathered = {n: memory.gradient[n] + g if n in memory.gradient else g for n, g in maps.items()}
+            layer.levels[level][row] = replace(memory, gradient=gathered)
+    learning = config.learning_levels
+    counts = tuple(count + pairs * (level in learning) for level, count in enumerate(record.pairs))
+    cache.rows[row] = replace(record, pairs=counts, segments=record.segments + 1)
+
+
+def act(model: HopeModel, cache: HopeCache, row: int) -> None:
+    """
+    Let every level whose period has ended, and that has learned something, apply it.
+
+    Slower levels act first; in the `nested` variant (Eq. 72) a slower level then moves the initial change of all
+    faster ones toward where they got to, and they restart from it.
+    """
+    config = model.config
+    for level in reversed(config.learning_levels):
+        record = cache.rows[row]
+        if record.pairs[level] and record.seen % _period(config, level) == 0:
+            _update(model, cache, row, level)
+            if config.cms_variant == "nested":
+                for faster in range(level):
+                    _restart(cache, row, faster, config.cms_nested_rate)
+
+
+def _update(model: HopeModel, cache: HopeCache, row: int, level: int) -> None:
+    """`Delta <- (1 - decay) Delta - lr clip(gradient / pairs)`; the clip bounds the norm over all layers' gradients."""
+    config, record = model.config, cache.rows[row]
+    places = [index for index, layer in enumerate(cache.layers) if layer.levels.get(level) and layer.levels[level][row].gradient]
+    scale = 1 / record.pairs[level]
+    if config.cms_max_update_norm is not None:
+        squares = [g.square().sum().item() for i in places for g in cache.layers[i].levels[level][row].gradient.values()]
+        norm = scale * sum(squares) ** 0.5
+        scale *= min(1.0, config.cms_max_update_norm / norm) if norm > 0 else 1.0
+    for index in places:
+        memories = cache.layers[index].levels[level]
+        rate = model.layers[index].cms.learning_rate(level)
+        memories[row] = _updated(memories[row], scale, rate, config.level_decays[level], config)
+    at = [count * (index != level) for index, count in enumerate(record.pairs)]
+    updates = [count + (index == level) for index, count in enumerate(record.updates)]
+    cache.rows[row] = replace(record, pairs=tuple(at), updates=tuple(updates))
+
+
+def _updated(memory: LevelMemory, scale: float, rate: float, decay: float, config: HopeConfig) -> LevelMemory:
+    step, factor, momentum = memory.gradient, scale, memory.momentum
+    if config.cms_optimizer == "momentum":
+        momentum = {
+            name: g * scale + config.cms_momentum * momentum[name] if name in momentum else g * scale
+            for name, g in memory.gradient.items()
+        }
+        step, factor = momentum, 1.0
+    change = {}
+    for name, tensor in step.items():
+        old = memory.change.get(name)
+        change[name] = (-rate * factor) * tensor if old is None else torch.add((1 - decay) * old, tensor, alpha=-rate * factor)
+    return memory.with_change(change, gradient={}, momentum=momentum)
+
+
+def _restart(cache: HopeCache, row: int, level: int, rate: float) -> None:
+    for layer in cache.layers:
+        memories = layer.levels.get(level)
+        if memories is None or not memories[row].change:
+            continue
+        memory = memories[row]
+        initial = {
+            name: memory.initial[name].lerp(change, rate) if name in memory.initial else rate * change
+            for name, change in memory.change.items()
+        }
+        memories[row] = memory.with_change(initial, initial=initial)
+
+
+def _period(config: HopeConfig, level: int) -> int:
+    period = config.cms_periods[level]
+    assert period is not None
+    return period
+
