@@ -77,7 +77,10 @@ def convert(
     fields = family.config_fields(opened.config) | plan.fields | {"cms_learning_rates": learning_rates}
     if isinstance(learning_rates, Sequence):
         # A level that never learns was added behind the given ones.
-        fields["cms_learning_rates"] = [*learning_rates, *[0.0] * (len(plan.fields["cms_periods"]) - len(learning_rates))]
+        fields["cms_learning_rates"] = [
+            *learning_rates,
+            *[0.0] * (len(plan.fields["cms_periods"]) - len(learning_rates)),
+        ]
     if window is not None:
         fields |= {"sliding_window": window, "attention_sinks": attention_sinks}
     report = ConversionReport(opened.name, family.model_type, strategy)
@@ -89,7 +92,9 @@ def convert(
     if check:
         report.logits = compare_logits(model, opened)
         if dtype == torch.float32 and report.logits["relative"] > 1e-4:
-            raise ValueError(f"The converted model's logits differ from the source's by {report.logits['relative']:.1e} of their range.")
+            raise ValueError(
+                f"The converted model's logits differ from the source's by {report.logits['relative']:.1e} of their range."
+            )
     model.conversion_report = report
     if output is not None:
         _save(model, opened.tokenizer, report, output)
@@ -126,7 +131,9 @@ def _fill(model: HopeForCausalLM, source: Source, family: Family, plan: LevelPla
         if target is None or target not in parameters:
             raise ValueError(f"`source` tensor {name!r} has no place in a Hope model.")
         if parameters[target].shape != tensor.shape:
-            raise ValueError(f"`source` tensor {name!r} is {tuple(tensor.shape)}, its place {target!r} {tuple(parameters[target].shape)}.")
+            raise ValueError(
+                f"`source` tensor {name!r} is {tuple(tensor.shape)}, its place {target!r} {tuple(parameters[target].shape)}."
+            )
         parameters[target].copy_(tensor)
         report.tensors[name] = target
     for layer_module, levels in zip(model.model.layers, plan.added, strict=True):

@@ -15,7 +15,10 @@ def _attention(name: str) -> dict[str, str]:
 
 
 def _mlp(name: str) -> dict[str, str]:
-    return {f"model.layers.{{layer}}.mlp.{name}.{kind}": f"model.layers.{{layer}}.{{mlp}}.{name}.{kind}" for kind in ("weight", "bias")}
+    return {
+        f"model.layers.{{layer}}.mlp.{name}.{kind}": f"model.layers.{{layer}}.{{mlp}}.{name}.{kind}"
+        for kind in ("weight", "bias")
+    }
 
 
 def _refuse(config: Any) -> str | None:

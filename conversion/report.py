@@ -47,6 +47,9 @@ class ConversionReport:
         ]
         if self.logits:
             rows.append(
-                ("logits", f"max difference {self.logits['max_difference']:.1e}, {self.logits['relative']:.1e} of their range")
+                (
+                    "logits",
+                    f"max difference {self.logits['max_difference']:.1e}, {self.logits['relative']:.1e} of their range",
+                )
             )
         return "\n".join(f"{name:<16} {value}" for name, value in rows)

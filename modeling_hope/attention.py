@@ -45,7 +45,7 @@ class HopeAttention(LlamaAttention):
         super().__init__(config, layer_idx)
         self.layout = key_layout(config, layer_idx)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: torch.Tensor,
         state: AttentionState | None,

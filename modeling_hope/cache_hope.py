@@ -2,68 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .attention import AttentionState
 from .configuration_hope import HopeConfig
-from .fast_weights import LEARNED_MAPS, MEMORY_TENSORS, NOTHING_LEARNED, LevelMemory
-
-
-FORMAT_VERSION = 1
-TENSORS_FILE = "memory.safetensors"
-DESCRIPTION_FILE = "memory.json"
-LOSSES_KEPT = 16
-SAMPLES_PER_PARAMETER = 16
-NO_TOKEN = -1  # stands for a position that was read as an embedding
-
-
-@dataclass(frozen=True)
-class StreamRecord:
-    """
-    What is known of one row's stream besides the tensors of the layers. Never changed in place.
-
-    Attributes:
-        ids: tokens read, `[seen]` int64; -1 where an embedding was read.
-        learn: of the open segment, which tokens are to be learned from, `[open]` bool on the CPU.
-        embeds: of the open segment, the embeddings, `[open, hidden_size]`, where some were given as such.
-        pending: a token that was sampled for this row and not read yet.
-        pairs: by level, input-target pairs learned since its last update.
-        updates: by level, how often it changed.
-        segments, skipped, nonfinite: segments learned, not surprising enough, and with a gradient that was not finite.
-        losses: mean losses (nats per token) of the last segments with something to learn, newest last.
-    """
-
-    ids: torch.Tensor
-    learn: torch.Tensor
-    pairs: tuple[int, ...]
-    updates: tuple[int, ...]
-    embeds: torch.Tensor | None = None
-    pending: int | None = None
-    segments: int = 0
-    skipped: int = 0
-    nonfinite: int = 0
-    losses: tuple[float, ...] = ()
-
-    @classmethod
-    def new(cls, levels: int, device: torch.device | str | None = None) -> StreamRecord:
-        none = torch.empty(0, dtype=torch.int64, device=device)
-        return cls(none, torch.empty(0, dtype=torch.bool), (0,) * levels, (0,) * levels)
-
-    @property
-    def seen(self) -> int:
-        """Tokens read."""
-        return len(self.ids)
+from .fast_weights import MEMORY_TENSORS, NOTHING_LEARNED, LevelMemory
+from .memory_files import differing_fields, load_memory, save_memory
+from .stream_record import StreamRecord
 
 
 class HopeCacheLayer(CacheLayerMixin):
@@ -124,7 +75,7 @@ class HopeCache(Cache):
 
     def __init__(self, config: HopeConfig, batch_size: int = 1):
         held = config.cms_levels_per_layer or []
-        super().__init__(layers=[HopeCacheLayer(levels, batch_size) for levels in held])  # type: ignore[arg-type]
+        super().__init__(layers=[HopeCacheLayer(levels, batch_size) for levels in held])
         self.memory_fields = config.memory_fields
         self.periods: list[int | None] = list(config.cms_periods)
         self.rows = [StreamRecord.new(len(self.periods)) for _ in range(batch_size)]
@@ -161,7 +112,9 @@ class HopeCache(Cache):
         """Raise `ValueError` unless this memory fits a model of this config and a batch of this size."""
         differing = differing_fields(self.memory_fields, config.memory_fields)
         if differing:
-            raise ValueError(f"`past_key_values` is the memory of another model: {differing}. Use a new HopeCache(model.config).")
+            raise ValueError(
+                f"`past_key_values` is the memory of another model: {differing}. Use a new HopeCache(model.config)."
+            )
         if batch_size != self.batch_size:
             raise ValueError(
                 f"`past_key_values` holds {self.batch_size} rows and the batch has {batch_size}: use one row for each, "
@@ -192,7 +145,7 @@ class HopeCache(Cache):
 
     def assign(self, other: HopeCache) -> None:
         """Become a fork of another memory of the same model."""
-        self.layers = []
+        self.layers: list[HopeCacheLayer] = []
         for layer in other.layers:
             copy = HopeCacheLayer()
             copy.mixer, copy.levels = layer.mixer, {level: list(rows) for level, rows in layer.levels.items()}
@@ -278,28 +231,7 @@ class HopeCache(Cache):
 
         `model`: also note a sample of its slow weights, so that loading refuses another model of the same shape.
         """
-        directory = Path(save_directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        # Saving takes contiguous tensors that share nothing, and rows and views share.
-        tensors = {name: tensor.detach().contiguous().clone() for name, tensor in self.tensors().items()}
-        if model is not None:
-            tensors["fingerprint"] = weight_sample(model)
-        rows = [
-            {name: getattr(row, name) for name in StreamRecord.__dataclass_fields__ if name not in ("ids", "learn", "embeds")}
-            for row in self.rows
-        ]
-        description = {
-            "format_version": FORMAT_VERSION,
-            "model": self.memory_fields,
-            "columns": self.columns,
-            "rows": rows,
-        }
-        # Both are complete before either takes its name, so that a crash leaves what was there.
-        staged = {TENSORS_FILE: directory / f".{TENSORS_FILE}", DESCRIPTION_FILE: directory / f".{DESCRIPTION_FILE}"}
-        save_file(tensors, staged[TENSORS_FILE])
-        staged[DESCRIPTION_FILE].write_text(json.dumps(description, indent=2) + "\n")
-        for name, path in staged.items():
-            path.replace(directory / name)
+        save_memory(self, save_directory, model)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], *, model: Any) -> HopeCache:
@@ -309,89 +241,9 @@ class HopeCache(Cache):
         Raises:
             ValueError: the directory holds no memory, one of another model, a newer format, or a damaged file.
         """
-        path = Path(directory)
-        try:
-            description = json.loads((path / DESCRIPTION_FILE).read_text())
-            tensors = load_file(path / TENSORS_FILE)
-        except FileNotFoundError as error:
-            raise ValueError(f"{path} holds no memory: {Path(error.filename).name} is missing.") from error
-        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-            raise ValueError(f"The memory in {path} is damaged: {error}.") from error
-        version = description.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"The memory in {path} has format version {version}; this code reads version {FORMAT_VERSION}. Update it."
-            )
-        differing = differing_fields(description["model"], model.config.memory_fields)
-        if differing:
-            raise ValueError(f"The memory in {path} belongs to another model: {differing}.")
-        sample = tensors.pop("fingerprint", None)
-        if sample is not None and not _same_weights(sample, weight_sample(model)):
-            raise ValueError(f"The memory in {path} belongs to another model: same shape, other weights.")
-        cache = cls(model.config, len(description["rows"]))
-        try:
-            cache._fill(description, tensors, model)
-        except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise ValueError(f"The memory in {path} is damaged: {error!r}.") from error
+        cache = cls(model.config, 0)
+        load_memory(cache, directory, model)
         return cache
-
-    def _fill(self, description: dict[str, Any], tensors: dict[str, torch.Tensor], model: Any) -> None:
-        device = model.device
-        self.columns = description["columns"]
-        for index, row in enumerate(description["rows"]):
-            embeds = tensors.get(f"rows.{index}.embeds")
-            self.rows[index] = StreamRecord(
-                **{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()},
-                ids=tensors[f"rows.{index}.ids"].to(device),
-                learn=tensors[f"rows.{index}.learn"],
-                embeds=None if embeds is None else embeds.to(device),
-            )
-        maps = LEARNED_MAPS[model.config.cms_fast_weights]
-        for index, layer in enumerate(self.layers):
-            place = next(model.model.layers[index].parameters()).device
-            prefix = f"layers.{index}.mixer."
-            state = {name: tensors[prefix + name].to(place) for name in AttentionState._fields if prefix + name in tensors}
-            if state:
-                layer.mixer = AttentionState(**state)
-            for level, memories in layer.levels.items():
-                mlp = model.model.layers[index].cms.level(level)
-                shapes = {name: (getattr(mlp, name).out_features, getattr(mlp, name).in_features) for name in maps}
-                for row in range(self.batch_size):
-                    prefix = f"layers.{index}.levels.{level}.rows.{row}."
-                    kinds: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in MEMORY_TENSORS}
-                    for kind in MEMORY_TENSORS:
-                        for name in maps:
-                            tensor = tensors.get(f"{prefix}{kind}.{name}")
-                            if tensor is not None and tensor.shape != shapes[name]:
-                                raise ValueError(f"{prefix}{kind}.{name} has shape {tuple(tensor.shape)}")
-                            if tensor is not None:
-                                kinds[kind][name] = tensor.to(place)
-                    if any(kinds.values()):
-                        memories[row] = LevelMemory(**kinds)
-
-
-def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """In words, where two sets of memory fields differ; empty when they do not."""
-    return ", ".join(
-        f"`{name}` is {ours.get(name)!r} in the memory and {theirs.get(name)!r} in the model"
-        for name in theirs
-        if ours.get(name) != theirs.get(name)
-    )
-
-
-def weight_sample(model: nn.Module) -> torch.Tensor:
-    """A few numbers of every parameter, evenly spaced, `[samples]` float32: tells models of one shape apart."""
-    samples = []
-    for _, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
-        index = torch.linspace(0, flat.numel() - 1, min(SAMPLES_PER_PARAMETER, flat.numel())).long()
-        samples.append(flat[index.to(flat.device)].float().cpu())
-    return torch.cat(samples)
-
-
-def _same_weights(sample: torch.Tensor, other: torch.Tensor) -> bool:
-    # Wide enough for a cast to bfloat16 or float16, which a hash of rounded numbers is not: two roundings may differ.
-    return sample.shape == other.shape and torch.allclose(sample, other, rtol=2**-7, atol=1e-6)
 
 
 __all__ = ["HopeCache"]

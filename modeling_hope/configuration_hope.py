@@ -265,7 +265,9 @@ class HopeConfig(PreTrainedConfig):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
         if self.cms_max_update_norm is not None and self.cms_max_update_norm <= 0:
-            raise ValueError(f"`cms_max_update_norm` must be above 0, or None for no bound, got {self.cms_max_update_norm}.")
+            raise ValueError(
+                f"`cms_max_update_norm` must be above 0, or None for no bound, got {self.cms_max_update_norm}."
+            )
         held_by_layer = self.cms_levels_per_layer or []
         if len(held_by_layer) != self.num_hidden_layers:
             raise ValueError(
@@ -301,10 +303,14 @@ def _check_periods(periods: list[int | None] | tuple[int | None, ...]) -> None:
     for level, period in enumerate(periods):
         if period is None:
             if any(later is not None for later in periods[level:]):
-                raise ValueError(f"`cms_periods` must end with its None entries (levels that never learn), got {list(periods)}.")
+                raise ValueError(
+                    f"`cms_periods` must end with its None entries (levels that never learn), got {list(periods)}."
+                )
             return
         if period < 2:
-            raise ValueError(f"`cms_periods[{level}]` must be at least 2 (a segment needs an input and a target), got {period}.")
+            raise ValueError(
+                f"`cms_periods[{level}]` must be at least 2 (a segment needs an input and a target), got {period}."
+            )
         if period % previous:
             raise ValueError(
                 f"`cms_periods[{level}]` is {period}, not a multiple of the faster level's {previous}: every period must be "

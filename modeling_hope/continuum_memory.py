@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -50,15 +52,20 @@ class HopeContinuumMemory(nn.Module):
     `independent` (Eq. 74): `x <- x + Agg(MLP_1(norm(x)), ..., MLP_K(norm(x)))`.
     """
 
+    levels: Sequence[HopeLevel]
+    norms: Sequence[HopeRMSNorm]
+
     def __init__(self, config: HopeConfig, layer_idx: int):
         super().__init__()
         held = config.cms_levels_per_layer[layer_idx]  # type: ignore[index]
         self.held = list(held)
         self.config = config
         self.independent = config.cms_variant == "independent"
-        self.levels = nn.ModuleList(HopeLevel(config, level) for level in held)
+        self.levels = nn.ModuleList(HopeLevel(config, level) for level in held)  # type: ignore[assignment]
         norms = 1 if self.independent else len(held)
-        self.norms = nn.ModuleList(HopeRMSNorm(config.hidden_size, eps=config.rms_norm_eps) for _ in range(norms))
+        self.norms = nn.ModuleList(  # type: ignore[assignment]
+            HopeRMSNorm(config.hidden_size, eps=config.rms_norm_eps) for _ in range(norms)
+        )
         self.aggregation = HopeAggregation(config, len(held)) if self.independent else None
         self.log_learning_rates = nn.Parameter(torch.empty(len(held))) if config.cms_learn_rates else None
 
@@ -73,10 +80,9 @@ class HopeContinuumMemory(nn.Module):
             x = x + level(norm(x), weights.get(level.level))
         return x
 
-
     def level(self, level: int) -> HopeLevel:
         """The MLP of a level, by its index in `config.cms_periods`."""
-        return self.levels[self.held.index(level)]  # type: ignore[return-value]
+        return self.levels[self.held.index(level)]
 
     def learning_rate(self, level: int) -> float:
         """Inner learning rate of a level in this layer."""

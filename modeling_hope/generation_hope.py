@@ -100,7 +100,7 @@ class HopeGenerationMixin(GenerationMixin):
     """Transformers' own `generate()`, told what is new to the memory it is given."""
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self: HopeForCausalLM,
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
@@ -140,7 +140,8 @@ class HopeGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"`past_key_values` is a {type(given).__name__}; a Hope model needs a HopeCache: HopeCache(model.config, batch_size)."
             )
-        prompt = embeds if input_ids is None else input_ids
+        prompt = input_ids if input_ids is not None else embeds
+        assert prompt is not None
         batch, width = prompt.shape[:2]
         memory = given if given is not None else HopeCache(self.config, batch)
         memory.check(self.config, batch)
@@ -167,12 +168,13 @@ class HopeGenerationMixin(GenerationMixin):
         turn.expand(copies)
         criteria = kwargs.pop("stopping_criteria", None) or StoppingCriteriaList()
         kwargs["attention_mask"] = torch.ones(batch, width, dtype=torch.int64, device=prompt.device)
+        if use_cache:
+            kwargs["past_key_values"] = work
         output = super().generate(
             inputs,
             generation_config,
             stopping_criteria=StoppingCriteriaList([*criteria, _OfTurn(turn)]),
             turn=turn,
-            past_key_values=work if use_cache else None,
             **kwargs,
         )
         if not use_cache:
@@ -255,7 +257,11 @@ class HopeGenerationMixin(GenerationMixin):
         if is_first_iteration:
             inputs = turn.inputs(0, None)
         elif past_key_values is not None:
-            done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device) if turn.done is None else turn.done
+            done = (
+                torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+                if turn.done is None
+                else turn.done
+            )
             inputs = {
                 "input_ids": input_ids[:, -1:],
                 "attention_mask": ~done[:, None],
@@ -263,7 +269,9 @@ class HopeGenerationMixin(GenerationMixin):
             }
         else:
             inputs = _whole(turn, input_ids)
-        passed = {k: v for k, v in kwargs.items() if k not in ("position_ids", "token_type_ids", "labels") and v is not None}
+        passed = {
+            k: v for k, v in kwargs.items() if k not in ("position_ids", "token_type_ids", "labels") and v is not None
+        }
         return {**passed, **inputs, "past_key_values": past_key_values}
 
 
@@ -279,7 +287,11 @@ class _Settings:
 
 
 def new_turn(
-    memory: HopeCache, input_ids: torch.Tensor | None, embeds: torch.Tensor | None, mask: torch.Tensor | None, learn: str
+    memory: HopeCache,
+    input_ids: torch.Tensor | None,
+    embeds: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    learn: str,
 ) -> Turn:
     """
     What of the input is new to the memory.

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from .cache_hope import LOSSES_KEPT, HopeCache, StreamRecord
+from .cache_hope import HopeCache
 from .configuration_hope import HopeConfig
 from .fast_weights import LEARNED_MAPS, LevelMemory, LevelWeights, Tensors, learning_weights, reading_weights
+from .stream_record import LOSSES_KEPT, StreamRecord
 
 
 if TYPE_CHECKING:
@@ -183,10 +184,16 @@ def act(model: HopeModel, cache: HopeCache, row: int) -> None:
 def _update(model: HopeModel, cache: HopeCache, row: int, level: int) -> None:
     """`Delta <- (1 - decay) Delta - lr clip(gradient / pairs)`; the clip bounds the norm over all layers' gradients."""
     config, record = model.config, cache.rows[row]
-    places = [index for index, layer in enumerate(cache.layers) if layer.levels.get(level) and layer.levels[level][row].gradient]
+    places = [
+        index
+        for index, layer in enumerate(cache.layers)
+        if layer.levels.get(level) and layer.levels[level][row].gradient
+    ]
     scale = 1 / record.pairs[level]
     if config.cms_max_update_norm is not None:
-        squares = [g.square().sum().item() for i in places for g in cache.layers[i].levels[level][row].gradient.values()]
+        squares = [
+            g.square().sum().item() for i in places for g in cache.layers[i].levels[level][row].gradient.values()
+        ]
         norm = scale * sum(squares) ** 0.5
         scale *= min(1.0, config.cms_max_update_norm / norm) if norm > 0 else 1.0
     for index in places:
@@ -209,7 +216,9 @@ def _updated(memory: LevelMemory, scale: float, rate: float, decay: float, confi
     change = {}
     for name, tensor in step.items():
         old = memory.change.get(name)
-        change[name] = (-rate * factor) * tensor if old is None else torch.add((1 - decay) * old, tensor, alpha=-rate * factor)
+        change[name] = (
+            (-rate * factor) * tensor if old is None else torch.add((1 - decay) * old, tensor, alpha=-rate * factor)
+        )
     return memory.with_change(change, gradient={}, momentum=momentum)
 
 
@@ -230,4 +239,3 @@ def _period(config: HopeConfig, level: int) -> int:
     period = config.cms_periods[level]
     assert period is not None
     return period
-

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import wraps
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .attention import AttentionState, HopeAttention
-from .cache_hope import NO_TOKEN, HopeCache
+from .cache_hope import HopeCache
 from .configuration_hope import HopeConfig
 from .continuum_memory import HopeAggregation, HopeContinuumMemory, HopeRMSNorm
 from .fast_weights import LevelWeights
@@ -24,6 +24,7 @@ from .generation_hope import HopeGenerationMixin
 from .key_layout import Reading
 from .learning import Stretch, act, gather, gradients, next_stretch, run_weights, segment_loss
 from .packing import Packing
+from .stream_record import NO_TOKEN
 
 
 LEARN = ("all", "prompt", "off")
@@ -131,10 +132,14 @@ class HopeModel(HopePreTrainedModel):
     loss to learn from.
     """
 
+    layers: Sequence[HopeDecoderLayer]
+
     def __init__(self, config: HopeConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(HopeDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(  # type: ignore[assignment]
+            HopeDecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
         self.norm = HopeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
@@ -172,7 +177,9 @@ class HopeModel(HopePreTrainedModel):
             ValueError: an input is impossible; nothing was read.
         """
         if learn not in (None, "off"):
-            raise ValueError(f"`learn={learn!r}`: {type(self).__name__} has no next-token loss to learn from. Use HopeForCausalLM.")
+            raise ValueError(
+                f"`learn={learn!r}`: {type(self).__name__} has no next-token loss to learn from. Use HopeForCausalLM."
+            )
         stream = Stream(self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, kwargs)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         stream.keep = past_key_values is not None or use_cache
@@ -331,11 +338,13 @@ class Stream:
             for record, coming, offset in zip(self.cache.rows, self.coming, self.offsets, strict=True)
         ]
 
-    def read(self, rows: list[int], stretches: list[Stretch], hidden_states: bool = False, attentions: bool = False) -> Run:
+    def read(
+        self, rows: list[int], stretches: list[Stretch], hidden_states: bool = False, attentions: bool = False
+    ) -> Run:
         """Let rows read on, nothing learned from the run."""
         offsets = [self.offsets[row] for row in rows]
         lengths = [stretches[row].length for row in rows]
-        width = max(lengths, default=0)
+        width = max(*lengths, 1)
         embeds = self._embeds(rows, offsets, width)
         run = Run(rows, offsets, lengths, embeds)
         reading = Reading([self.cache.rows[row].seen for row in rows], lengths, width, embeds.device)
@@ -376,7 +385,9 @@ class Stream:
         embeds, ids = self._segments(rows, opened, lengths)
         learn_here = learn.to(embeds.device)
         weights = run_weights(self.model, cache, rows, learn=True, constant=constant)
-        reading = Reading([r.seen - o for r, o in zip(records, opened, strict=True)], [segment] * len(rows), segment, embeds.device)
+        reading = Reading(
+            [r.seen - o for r, o in zip(records, opened, strict=True)], [segment] * len(rows), segment, embeds.device
+        )
         layers: list[torch.Tensor] | None = [] if hidden_states else None
         first = next(index for index, layer in enumerate(weights) if any(level.traced for level in layer.values()))
         with torch.enable_grad():
@@ -482,7 +493,9 @@ class Stream:
                 continue
             index = torch.tensor(rows, device=state.keys.device)
             if layer.mixer is None:
-                nothing = AttentionState(*(part.new_zeros(self.batch, part.shape[1], 0, part.shape[3]) for part in state))
+                nothing = AttentionState(
+                    *(part.new_zeros(self.batch, part.shape[1], 0, part.shape[3]) for part in state)
+                )
                 layer.mixer = nothing.place(index, state)
             else:
                 layer.mixer = layer.mixer.place(index, state)
@@ -563,7 +576,9 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         if learn not in (None, *LEARN):
             raise ValueError(f"`learn` must be one of {', '.join(map(repr, LEARN))}, got {learn!r}.")
         if labels is not None and input_ids is not None and labels.shape != input_ids.shape:
-            raise ValueError(f"`labels` has shape {tuple(labels.shape)}, `input_ids` {tuple(input_ids.shape)}: give one label for each token.")
+            raise ValueError(
+                f"`labels` has shape {tuple(labels.shape)}, `input_ids` {tuple(input_ids.shape)}: give one label for each token."
+            )
         stream = Stream(self.model, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, kwargs)
         if self._learns(learn) and stream.ids is not None:
             stream.mark(learn_mask)
@@ -622,7 +637,7 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         return self.lm_head(hidden[:, kept])
 
     def _assemble(self, runs: list[Run], parts: list[torch.Tensor], stream: Stream) -> torch.Tensor:
-        return assemble(runs, parts, stream.batch, max(stream.packing.lengths))
+        return assemble(runs, parts, stream.batch, stream.packing.longest)
 
 
 def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
@@ -644,7 +659,9 @@ def check_mask(mask: torch.Tensor | None, batch: int, width: int, cache: HopeCac
     columns = cache.columns if cache is not None else 0
     if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (width, columns + width):
         full = f", or {(batch, columns + width)} with the {columns} columns read before" if columns else ""
-        raise ValueError(f"`attention_mask` has shape {tuple(mask.shape)}: it must be {(batch, width)} as the tokens{full}.")
+        raise ValueError(
+            f"`attention_mask` has shape {tuple(mask.shape)}: it must be {(batch, width)} as the tokens{full}."
+        )
     return mask[:, -width:]
 
 

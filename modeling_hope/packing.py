@@ -15,13 +15,18 @@ class Packing:
     Attributes:
         lengths: real tokens of each row, `[batch]` Python ints.
         width: columns of the padded batch.
-        columns: `[batch, max(lengths)]` int64, the padded column that each packed position comes from; `None` when
+        columns: `[batch, longest]` int64, the padded column that each packed position comes from; `None` when
             nothing is padded. Positions past a row's length hold one of its pads.
     """
 
     lengths: list[int]
     width: int
     columns: torch.Tensor | None = None
+
+    @property
+    def longest(self) -> int:
+        """Columns of the packed batch, at least one."""
+        return max(*self.lengths, 1)
 
     @classmethod
     def from_mask(cls, mask: torch.Tensor | None, batch: int, width: int) -> Packing:
@@ -30,17 +35,17 @@ class Packing:
             return cls([width] * batch, width)
         real = mask.bool()
         lengths = real.sum(1).tolist()
-        columns = torch.argsort((~real).to(torch.uint8), dim=1, stable=True)[:, : max(lengths)]
+        columns = torch.argsort((~real).to(torch.uint8), dim=1, stable=True)[:, : max(*lengths, 1)]
         return cls(lengths, width, columns)
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
-        """`[batch, width, ...]` to `[batch, max(lengths), ...]`."""
+        """`[batch, width, ...]` to `[batch, longest, ...]`."""
         if self.columns is None:
             return padded
         return _along_columns(padded, self.columns)
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
-        """`[batch, max(lengths), ...]` to `[batch, width, ...]`, zero where the batch is padded."""
+        """`[batch, longest, ...]` to `[batch, width, ...]`, zero where the batch is padded."""
         if self.columns is None:
             return packed
         positions = torch.arange(self.columns.shape[1], device=packed.device)

@@ -1,0 +1,146 @@
+"""A memory on disk: its tensors as safetensors, the rest as JSON, and never a pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .attention import AttentionState
+from .fast_weights import LEARNED_MAPS, MEMORY_TENSORS, LevelMemory, Tensors
+from .stream_record import StreamRecord
+
+
+if TYPE_CHECKING:
+    from .cache_hope import HopeCache
+
+FORMAT_VERSION = 1
+TENSORS_FILE = "memory.safetensors"
+DESCRIPTION_FILE = "memory.json"
+SAMPLES_PER_PARAMETER = 16
+# The fields of a StreamRecord that are numbers; its tensors are saved with the others.
+RECORD_FIELDS = ("pairs", "updates", "pending", "segments", "skipped", "nonfinite", "losses")
+
+
+def save_memory(cache: HopeCache, directory: str | os.PathLike[str], model: nn.Module | None) -> None:
+    """Write `directory/memory.safetensors` and `directory/memory.json`; see `HopeCache.tensors` for the names."""
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    # Files take contiguous tensors that share nothing, and rows and views share.
+    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in cache.tensors().items()}
+    if model is not None:
+        tensors["fingerprint"] = weight_sample(model)
+    description = {
+        "format_version": FORMAT_VERSION,
+        "model": cache.memory_fields,
+        "columns": cache.columns,
+        "rows": [{name: getattr(row, name) for name in RECORD_FIELDS} for row in cache.rows],
+    }
+    # Both are complete before either takes its name.
+    staged = {name: path / f".{name}" for name in (TENSORS_FILE, DESCRIPTION_FILE)}
+    save_file(tensors, staged[TENSORS_FILE])
+    staged[DESCRIPTION_FILE].write_text(json.dumps(description, indent=2) + "\n")
+    for name, written in staged.items():
+        written.replace(path / name)
+
+
+def load_memory(cache: HopeCache, directory: str | os.PathLike[str], model: Any) -> None:
+    """Fill an empty cache of a model; `ValueError` says what is wrong with the files."""
+    path = Path(directory)
+    try:
+        description = json.loads((path / DESCRIPTION_FILE).read_text())
+        tensors = load_file(path / TENSORS_FILE)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} holds no memory: it needs {DESCRIPTION_FILE} and {TENSORS_FILE}.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise ValueError(f"The memory in {path} is damaged: {error}.") from error
+    version = description.get("format_version") if isinstance(description, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"The memory in {path} has format version {version}, this code reads {FORMAT_VERSION}: update it."
+        )
+    try:
+        differing = differing_fields(description["model"], model.config.memory_fields)
+        if differing:
+            raise ValueError(f"it belongs to another model: {differing}")
+        sample = tensors.pop("fingerprint", None)
+        if sample is not None and not _same_weights(sample, weight_sample(model)):
+            raise ValueError("it belongs to another model, of the same shape and other weights")
+        _fill(cache, description, tensors, model)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"The memory in {path} cannot be used: {error}.") from error
+
+
+def _fill(cache: HopeCache, description: dict[str, Any], tensors: Tensors, model: Any) -> None:
+    cache.columns, device = description["columns"], model.device
+    for index, row in enumerate(description["rows"]):
+        numbers: dict[str, Any] = {
+            name: tuple(row[name]) if isinstance(row[name], list) else row[name] for name in RECORD_FIELDS
+        }
+        embeds = tensors.pop(f"rows.{index}.embeds", None)
+        record = StreamRecord(
+            ids=tensors.pop(f"rows.{index}.ids").to(device),
+            learn=tensors.pop(f"rows.{index}.learn"),
+            embeds=None if embeds is None else embeds.to(device),
+            **numbers,
+        )
+        cache.rows.append(record)
+    maps = LEARNED_MAPS[model.config.cms_fast_weights]
+    for index, (layer, decoder_layer) in enumerate(zip(cache.layers, model.model.layers, strict=True)):
+        place = next(decoder_layer.parameters()).device
+        names = [f"layers.{index}.mixer.{name}" for name in AttentionState._fields]
+        if names[0] in tensors:
+            layer.mixer = AttentionState(*(tensors.pop(name).to(place) for name in names))
+        for level in layer.levels:
+            mlp = decoder_layer.cms.level(level)
+            shapes = {name: (getattr(mlp, name).out_features, getattr(mlp, name).in_features) for name in maps}
+            prefixes = [f"layers.{index}.levels.{level}.rows.{row}." for row in range(len(cache.rows))]
+            layer.levels[level] = [_level_memory(tensors, prefix, shapes, place) for prefix in prefixes]
+    if tensors:
+        raise ValueError(f"it holds {next(iter(tensors))}, which the model has no place for")
+
+
+def _level_memory(
+    tensors: Tensors, prefix: str, shapes: dict[str, tuple[int, int]], place: torch.device
+) -> LevelMemory:
+    kinds: dict[str, Tensors] = {kind: {} for kind in MEMORY_TENSORS}
+    for kind, found in kinds.items():
+        for name, shape in shapes.items():
+            tensor = tensors.pop(f"{prefix}{kind}.{name}", None)
+            if tensor is None:
+                continue
+            if tensor.shape != shape:
+                raise ValueError(f"{prefix}{kind}.{name} is {tuple(tensor.shape)}, the model's map {shape}")
+            found[name] = tensor.to(place)
+    return LevelMemory(kinds["change"], kinds["initial"], kinds["gradient"], kinds["momentum"])
+
+
+def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """In words, where two sets of memory fields differ; empty when they do not."""
+    return ", ".join(
+        f"`{name}` is {ours.get(name)!r} in the memory and {theirs.get(name)!r} in the model"
+        for name in theirs
+        if ours.get(name) != theirs.get(name)
+    )
+
+
+def weight_sample(model: nn.Module) -> torch.Tensor:
+    """A few numbers of every parameter, evenly spaced, `[samples]` float32: tells models of one shape apart."""
+    samples = []
+    for _, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        index = torch.linspace(0, flat.numel() - 1, min(SAMPLES_PER_PARAMETER, flat.numel())).long()
+        samples.append(flat[index.to(flat.device)].float().cpu())
+    return torch.cat(samples)
+
+
+def _same_weights(sample: torch.Tensor, other: torch.Tensor) -> bool:
+    # Wide enough for a cast to bfloat16 or float16. A hash of rounded numbers is not: a cast to float16 and back may
+    # round to another bfloat16 than no cast.
+    return sample.shape == other.shape and torch.allclose(sample, other, rtol=2**-7, atol=1e-6)
