@@ -123,8 +123,9 @@ def _runs(rows: Sequence[RowWeight | None]) -> list[tuple[int, int]]:
 
 def can_merge(module: nn.Module) -> bool:
     """Whether slow weight plus change loses nothing that counts: a plain linear map in float32 or better."""
-    weight = getattr(module, "weight", None)
-    return type(module) is nn.Linear and weight is not None and weight.dtype in (torch.float32, torch.float64)
+    if type(module) is not nn.Linear or module.weight.is_meta:
+        return False
+    return module.weight.dtype in (torch.float32, torch.float64)
 
 
 def reading_weights(
@@ -161,6 +162,11 @@ def learning_weights(
     Own aliases keep the gradient of a segment from leaking into another through old keys and values, and keep the
     rows apart though they share the slow weights.
     """
+    if any(parameter.is_meta for parameter in mlp.parameters()):
+        raise ValueError(
+            "`device_map` has offloaded a level that learns: keep the layers of learning levels on a device, or give "
+            "learn='off'."
+        )
     rows: list[dict[str, RowWeight] | None] = []
     traced: list[Tensors] = []
     for memory in memories:

@@ -135,8 +135,8 @@ def weight_sample(model: nn.Module) -> torch.Tensor:
     samples = []
     for _, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().reshape(-1)
-        index = torch.linspace(0, flat.numel() - 1, min(SAMPLES_PER_PARAMETER, flat.numel())).long()
-        samples.append(flat[index.to(flat.device)].float().cpu())
+        step = max(flat.numel() // SAMPLES_PER_PARAMETER, 1)
+        samples.append(flat[::step][:SAMPLES_PER_PARAMETER].float().cpu())
     return torch.cat(samples)
 
 

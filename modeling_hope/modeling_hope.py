@@ -128,8 +128,8 @@ def assemble(runs: list[Run], parts: list[torch.Tensor], batch: int, width: int)
 
 class HopeModel(HopePreTrainedModel):
     """
-    The decoder without a head. It reads with what a memory has learned, but learns nothing itself: it has no next-token
-    loss to learn from.
+    The decoder without a head. It reads with what a memory has learned, but learns nothing itself, having no next-token
+    loss to learn from: a segment that ends in its reading is not learned.
     """
 
     layers: Sequence[HopeDecoderLayer]

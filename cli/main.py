@@ -1,0 +1,28 @@
+"""The `hope` command: one subcommand per verb."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import convert, demo
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="hope", description="Language models that learn while they read.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in (demo, convert):
+        command.add_to(commands)
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except ValueError as error:
+        print(f"hope: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

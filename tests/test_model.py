@@ -1,0 +1,330 @@
+"""HopeConfig and the model classes as Transformers classes."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+
+from modeling_hope import HopeCache, HopeConfig, HopeForCausalLM, HopeModel
+
+from .conftest import assert_same_memory, random_ids, tiny_config, tiny_model
+
+
+def test_a_config_of_four_numbers_is_a_sensible_model():
+    config = HopeConfig(vocab_size=100, hidden_size=48, num_hidden_layers=2, num_attention_heads=4)
+    model = HopeForCausalLM(config)
+    blocks = sum(p.numel() for name, p in model.model.layers[0].named_parameters() if "levels" in name)
+    assert blocks == pytest.approx(3 * 48 * 128, rel=0.1)  # one Llama MLP of width 48
+    assert model(torch.arange(20)[None]).logits.shape == (1, 20, 100)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"cms_periods": [4, 6, None]}, "cms_periods"),
+        ({"cms_periods": [4, None, 8]}, "cms_periods"),
+        ({"cms_periods": []}, "cms_periods"),
+        ({"cms_periods": [1, 2, 4]}, "cms_periods"),
+        ({"cms_periods": [-4, 8, None]}, "cms_periods"),
+        ({"cms_periods": "512"}, "cms_periods"),
+        ({"cms_learning_rates": [0.1] * 4}, "cms_learning_rates"),
+        ({"cms_learning_rates": -0.1}, "cms_learning_rates"),
+        ({"cms_learning_rates": 0.0, "cms_learn_rates": True}, "cms_learn_rates"),
+        ({"cms_decay": 1.5}, "cms_decay"),
+        ({"cms_nested_rate": 2}, "cms_nested_rate"),
+        ({"cms_max_update_norm": 0.0}, "cms_max_update_norm"),
+        ({"cms_levels_per_layer": [[0, 3], [0]]}, "cms_levels_per_layer"),
+        ({"cms_levels_per_layer": [[0]]}, "cms_levels_per_layer"),
+        ({"cms_levels_per_layer": [[], [0]]}, "cms_levels_per_layer"),
+        ({"cms_variant": "parallel"}, "cms_variant"),
+        ({"cms_aggregation": "mean"}, "cms_aggregation"),
+        ({"cms_fast_weights": "up_proj"}, "cms_fast_weights"),
+        ({"cms_optimizer": "adam"}, "cms_optimizer"),
+        ({"cms_training": "dynamic"}, "cms_training"),
+        ({"layer_types": ["full_attention"]}, "layer_types"),
+        ({"layer_types": ["mamba"] * 2}, "layer_types"),
+        ({"sliding_window": None}, "sliding_window"),
+        ({"attention_sinks": -1}, "attention_sinks"),
+        ({"num_key_value_heads": 3}, "num_attention_heads"),
+        ({"intermediate_size": [8, 8]}, "intermediate_size"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}, "rope_parameters"),
+    ],
+)
+def test_configs_that_cannot_be(fields, named):
+    with pytest.raises(Exception, match=f"`?{named}"):
+        tiny_config(**fields)
+
+
+def test_config_round_trip(tmp_path):
+    config = tiny_config(cms_learning_rates=(0.3, 0.2, 0.1), cms_decay=0.1)
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).to_dict() == {**config.to_dict(), "_name_or_path": str(tmp_path)}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard", ["5GB", "8KB"])
+def test_save_and_load(tmp_path, tied, shard):
+    model = tiny_model(
+        dtype=torch.float32,
+        tie_word_embeddings=tied,
+        cms_learn_rates=True,
+        cms_learning_rates=0.3,
+        cms_variant="independent",
+    )
+    with torch.no_grad():  # nothing is left at its initial value
+        for parameter in model.parameters():
+            parameter.add_(torch.rand_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 or shard == "5GB"
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert isinstance(loaded, HopeForCausalLM) and not loaded.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    with torch.no_grad():
+        assert torch.equal(loaded(random_ids(1, 14)).logits, model(random_ids(1, 14)).logits)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert isinstance(base, HopeModel) and torch.equal(base.norm.weight, model.model.norm.weight)
+
+
+def test_dtype_and_device_map(tmp_path):
+    tiny_model(dtype=torch.float32).save_pretrained(tmp_path)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="cpu")
+    assert half.dtype == torch.bfloat16 and {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    auto = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto")
+    assert auto(random_ids(1, 9)).logits.isfinite().all()
+    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    places = {**dict.fromkeys(parts, "cpu"), "model.layers.1": "disk"}
+    offloaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offload")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            offloaded(random_ids(1, 9), learn="off").logits, auto(random_ids(1, 9), learn="off").logits
+        )
+    with pytest.raises(ValueError, match="device_map"):
+        offloaded(random_ids(1, 9))
+
+
+def test_only_init_weights_initialises():
+    """A model built on the meta device and initialised by `_init_weights` is complete."""
+    config = tiny_config(cms_variant="independent", cms_learn_rates=True, cms_learning_rates=0.3)
+    with torch.device("meta"):
+        model = HopeForCausalLM(config)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+        for module in model.modules():
+            model._init_weights(module)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    rates = model.model.layers[0].cms.log_learning_rates
+    torch.testing.assert_close(rates.exp(), torch.full_like(rates, 0.3))
+
+
+@pytest.mark.parametrize("variant", ["sequential", "independent"])
+def test_learning_off_and_rate_zero_are_the_same_to_the_bit(variant):
+    model = tiny_model(dtype=torch.float32, cms_variant=variant)
+    ids = random_ids(2, 37)
+    with torch.no_grad():
+        off = model(ids, learn="off").logits
+        model.config.cms_learning_rates = 0.0
+        zero = model(ids, learn="all")
+        model.config.cms_learning_rates, model.config.cms_learning = 0.5, False
+        assert torch.equal(model(ids).logits, off)
+    assert torch.equal(zero.logits, off)
+    assert not any("levels" in name for name in zero.past_key_values.tensors())
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_rate_zero_and_decay_leave_a_memory_as_it_is(index):
+    model = tiny_model(cms_decay=0.3)
+    memory = HopeCache(model.config)
+    with torch.no_grad():
+        model(random_ids(1, 8), past_key_values=memory)
+        changes = {name: t for name, t in memory.tensors().items() if ".change." in name}
+        if index:
+            model.config.cms_learning_rates = 0.0
+            model(random_ids(1, 9), past_key_values=memory)
+        else:
+            model(random_ids(1, 9), past_key_values=memory, learn="off")
+    assert changes and all(memory.tensors()[name] is tensor for name, tensor in changes.items())
+
+
+def test_attention_implementations_agree():
+    model, eager = tiny_model(), tiny_model()
+    eager.set_attn_implementation("eager")
+    mask = torch.tensor([[0, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1], [1] * 12])
+    memories = [HopeCache(model.config, 2) for _ in range(2)]
+    for step in range(3):
+        ids = random_ids(2, 12, seed=step)
+        with torch.no_grad():
+            outputs = [
+                m(ids, attention_mask=mask, past_key_values=k) for m, k in zip((model, eager), memories, strict=True)
+            ]
+        torch.testing.assert_close(outputs[0].logits, outputs[1].logits, rtol=1e-8, atol=1e-9)
+
+
+def test_flash_attention_gets_rows_end_to_end(monkeypatch):
+    """Flash attention itself needs a GPU; what we hand to it is checked by one that reads the same arguments."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def flash(module, query, key, value, mask, scaling, dropout, sliding_window, **lengths):
+        assert mask is None and query.shape[0] == 1
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+        outputs = []
+        queries, keys = lengths["cu_seq_lens_q"].tolist(), lengths["cu_seq_lens_k"].tolist()
+        for row in range(len(queries) - 1):
+            q = query[0, :, queries[row] : queries[row + 1]]
+            k, v = (t[0, :, keys[row] : keys[row + 1]] for t in (key, value))
+            ends = torch.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None]  # aligned at the bottom right
+            distance = ends - torch.arange(k.shape[1])
+            hidden = (distance < 0) | (distance >= (sliding_window or k.shape[1] + 1))
+            outputs.append(((q @ k.mT * scaling).masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1))
+        return torch.cat(outputs)[None], None
+
+    fields = {"attention_sinks": 0}
+    model, other = tiny_model(**fields), tiny_model(**fields)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash)
+    other.config._attn_implementation_internal = "flash_attention_2"
+    assert other.model.layers[0].mixer.config._attn_implementation == "flash_attention_2"
+    memories = [HopeCache(model.config, 2) for _ in range(2)]
+    mask = torch.tensor([[0, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1], [1] * 12])
+    for step in range(3):
+        ids = random_ids(2, 12, seed=step)
+        with torch.no_grad():
+            outputs = [
+                m(ids, attention_mask=mask, past_key_values=k) for m, k in zip((model, other), memories, strict=True)
+            ]
+        torch.testing.assert_close(outputs[0].logits, outputs[1].logits, rtol=1e-8, atol=1e-9)
+    other.model.layers[1].mixer.layout = type(other.model.layers[1].mixer.layout)(6, 2, 4)
+    with pytest.raises(ValueError, match="attention_sinks"):
+        other(random_ids(1, 5))
+
+
+def test_bad_input_is_refused_before_anything_changes():
+    model = tiny_model()
+    memory = HopeCache(model.config, 2)
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        model(ids, past_key_values=memory)
+    before = memory.clone()
+    other = tiny_model(cms_periods=[4, 12, None])
+    mask = torch.ones(2, 9)
+    cases = [
+        ({"input_ids": ids + 40}, "vocab_size"),
+        ({"input_ids": ids - 40}, "input_ids"),
+        ({"input_ids": ids[:, :0]}, "input_ids"),
+        ({"input_ids": ids[:0]}, "input_ids"),
+        ({"input_ids": ids[0]}, "input_ids"),
+        ({"input_ids": ids, "inputs_embeds": torch.zeros(2, 9, 16)}, "inputs_embeds"),
+        ({}, "input_ids"),
+        ({"input_ids": ids, "attention_mask": mask[:, :8]}, "attention_mask"),
+        ({"input_ids": ids, "attention_mask": mask[:1]}, "attention_mask"),
+        ({"input_ids": ids, "attention_mask": mask[:, None, :, None]}, "attention_mask"),
+        ({"input_ids": ids, "learn_mask": mask[:, :8]}, "learn_mask"),
+        ({"input_ids": ids, "learn": "some"}, "learn"),
+        ({"input_ids": ids, "labels": ids[:, :8]}, "labels"),
+        ({"input_ids": ids[:1]}, "2 rows"),
+        ({"input_ids": ids, "position_ids": torch.arange(9)[None]}, "position_ids"),
+    ]
+    for inputs, named in cases:
+        with pytest.raises(ValueError, match=named):
+            model(**inputs, past_key_values=memory)
+    with pytest.raises(ValueError, match="cms_periods"):
+        other(ids, past_key_values=memory)
+    with pytest.raises(ValueError, match="all padding"):
+        model(ids, attention_mask=torch.tensor([[0] * 9, [1] * 9]))
+    with pytest.raises(ValueError, match="HopeCache"):
+        model(ids, past_key_values=object())
+    assert_same_memory(memory, before, rtol=0, atol=0)
+    model(ids, past_key_values=memory, position_ids=torch.arange(9, 18)[None])
+    assert memory.seen == [18, 18]
+
+
+def test_the_base_model_reads_with_a_memory_but_does_not_learn():
+    model = tiny_model()
+    memory = HopeCache(model.config)
+    with torch.no_grad():
+        model(random_ids(1, 8), past_key_values=memory)
+        fork = memory.clone()
+        hidden = model.model(random_ids(1, 6), past_key_values=fork).last_hidden_state
+        logits = model(random_ids(1, 6), past_key_values=memory, learn="off").logits
+    torch.testing.assert_close(model.lm_head(hidden), logits)
+    with pytest.raises(ValueError, match="no next-token loss"):
+        model.model(random_ids(1, 6), learn="all")
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_gradients_that_are_not_finite_are_counted_and_never_applied(poison):
+    model = tiny_model()
+    memory = HopeCache(model.config, 2)
+    bad = random_ids(2, 12) % 30
+    bad[0, 5] = 39  # a token of row 0, in its second segment
+    model.get_input_embeddings().weight.data[39] = poison
+    with torch.no_grad():
+        model(bad, past_key_values=memory)
+        summary = memory.summary()["rows"]
+        # Full attention keeps the poisoned key in view: all later segments of that row are lost, and none of the other's.
+        assert [row["segments_nonfinite"] for row in summary] == [2, 0]
+        assert [row["segments_learned"] for row in summary] == [1, 3]
+        assert all(t.isfinite().all() for name, t in memory.tensors().items() if "levels" in name)
+        healthy = HopeCache(model.config)
+        expected = model(bad[1:], past_key_values=healthy).logits
+        assert expected.isfinite().all()
+    one = memory.clone()
+    one.select([1])
+    assert_same_memory(one, healthy, rtol=1e-8, atol=1e-9)
+
+
+def test_hidden_states_logits_to_keep_and_tuples():
+    model, ids = tiny_model(), random_ids(2, 21)
+    mask = torch.ones(2, 21, dtype=torch.bool)
+    mask[1, :3] = False
+    with torch.no_grad():
+        output = model(ids, attention_mask=mask, output_hidden_states=True)
+        last = model(ids, attention_mask=mask, logits_to_keep=2).logits
+        chosen = model(ids, attention_mask=mask, logits_to_keep=torch.tensor([4, 20])).logits
+        as_tuple = model(ids, attention_mask=mask, return_dict=False)
+    torch.testing.assert_close(last, output.logits[:, -2:])
+    torch.testing.assert_close(chosen, output.logits[:, [4, 20]])
+    torch.testing.assert_close(as_tuple[0], output.logits)
+    assert len(output.hidden_states) == 3
+    torch.testing.assert_close(model.lm_head(output.hidden_states[-1])[mask], output.logits[mask])
+    eager = tiny_model()
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = eager(ids, output_attentions=True, learn="off").attentions
+    torch.testing.assert_close(attentions[1].sum(-1), torch.ones(2, 4, 21, dtype=torch.float64))
+    with pytest.raises(ValueError, match="learn='off'"):
+        eager(ids, output_attentions=True)
+
+
+@pytest.mark.parametrize("training", ["static", "first_order"])
+def test_trainer(tmp_path, training):
+    model = tiny_model(dtype=torch.float32, cms_training=training)
+    data = [{"input_ids": row, "labels": row} for row in random_ids(8, 12)]
+    arguments = TrainingArguments(
+        tmp_path, max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], use_cpu=True,
+        eval_strategy="steps", eval_steps=2, logging_steps=1, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+    before = copy.deepcopy(model.state_dict())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert any("eval_loss" in entry for entry in trainer.state.log_history)
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    for reentrant in (True, False):
+        plain, checkpointed = (tiny_model().train() for _ in range(2))
+        checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:
+            checkpointed.enable_input_require_grads()
+        ids = random_ids(2, 11)
+        for model in (plain, checkpointed):
+            model(ids, labels=ids).loss.backward()
+        for (name, parameter), other in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad, other.grad, msg=name)
