@@ -7,10 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, repeat_kv
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    repeat_kv,
+)
 
 from .configuration_hope import HopeConfig
-from .key_layout import AttentionPlan, KeyLayout, Reading
+from .key_layout import AttentionPlan, Block, KeyLayout, Reading
 
 
 class AttentionState(NamedTuple):
@@ -51,6 +56,7 @@ class HopeAttention(LlamaAttention):
         state: AttentionState | None,
         reading: Reading,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        rotary: LlamaRotaryEmbedding,
         keep_state: bool,
     ) -> tuple[torch.Tensor, AttentionState | None, torch.Tensor | None]:
         """
@@ -58,12 +64,13 @@ class HopeAttention(LlamaAttention):
             hidden_states: `[batch, width, hidden_size]`.
             state: what the rows have cached; `None` when they have read nothing.
             reading: the stretch of its stream that each row reads.
-            position_embeddings: cosines and sines, `[batch or 1, width, head_dim]`.
+            position_embeddings: cosines and sines of the positions, `[batch or 1, width, head_dim]`.
+            rotary: makes them, from positions `[batch or 1, n]`, for sinks that move.
             keep_state: whether the caller wants the new state.
 
         Returns:
             The output `[batch, width, hidden_size]`, the new state or `None`, and the attention weights
-            `[batch, heads, width, keys]` where the implementation makes them.
+            `[batch, heads, width, keys]` where the implementation makes them and one block of keys served all queries.
         """
         batch, width, _ = hidden_states.shape
         by_head = (batch, width, -1, self.head_dim)
@@ -72,11 +79,12 @@ class HopeAttention(LlamaAttention):
         values = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
         queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)
 
-        plan = reading.plan(self.layout)
+        plan = reading.plan(self.layout, rotary, hidden_states)
         if plan.cached:
             assert state is not None
             keys = torch.cat([state.keys[:, :, : plan.cached], keys], dim=2)
             values = torch.cat([state.values[:, :, : plan.cached], values], dim=2)
+        keys, values = plan.pack(keys), plan.pack(values)
         output, weights = attend(self, queries, keys, values, plan)
         new_state = AttentionState(plan.keep(keys), plan.keep(values)) if keep_state else None
         return self.o_proj(output.reshape(batch, width, -1)), new_state, weights
@@ -97,7 +105,7 @@ def attend(
 
     Args:
         queries: `[batch, heads, width, head_dim]`.
-        keys, values: `[batch, key_value_heads, cached + width, head_dim]`.
+        keys, values: `[batch, key_value_heads, slots, head_dim]`, packed.
 
     Returns:
         `[batch, width, heads, head_dim]`, and the weights or `None`.
@@ -108,12 +116,28 @@ def attend(
     if "flash" in implementation:
         return _flash_attend(module, queries, keys, values, plan, options)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
-    mask = plan.mask
-    if mask is None and implementation == "eager" and queries.shape[2] > 1:
-        positions = torch.arange(queries.shape[2], device=queries.device)[None]
-        mask = plan.layout.visible(positions, positions)[:, None]
-    output, weights = function(module, queries, keys, values, mask, **options)
-    return output, weights
+    outputs, weights = [], None
+    for block in plan.blocks:
+        seen_keys, seen_values = _seen(block, keys), values[:, :, block.first : block.last]
+        if block.sinks:
+            seen_values = torch.cat([values[:, :, : block.sinks], seen_values], dim=2)
+        part = queries[:, :, block.start : block.stop]
+        output, weights = function(module, part, seen_keys, seen_values, block.mask, **options)
+        outputs.append(output)
+    if len(outputs) == 1:
+        return outputs[0], weights
+    return torch.cat(outputs, dim=1), None
+
+
+def _seen(block: Block, keys: torch.Tensor) -> torch.Tensor:
+    """The keys that a block's queries see, the sinks first, moved to where they see them."""
+    window = keys[:, :, block.first : block.last]
+    if not block.sinks:
+        return window
+    sinks = keys[:, :, : block.sinks]
+    if block.rotation is not None:
+        sinks, _ = apply_rotary_pos_emb(sinks, sinks, *block.rotation)
+    return torch.cat([sinks, window], dim=2)
 
 
 def eager_attention(
@@ -130,8 +154,9 @@ def eager_attention(
     key = repeat_kv(key, module.num_key_value_groups)
     value = repeat_kv(value, module.num_key_value_groups)
     scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    if attention_mask is None:
+        attention_mask = torch.ones_like(scores, dtype=torch.bool).tril(scores.shape[-1] - scores.shape[-2])
+    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     wide = torch.promote_types(query.dtype, torch.float32)
     weights = scores.softmax(-1, dtype=wide).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
@@ -158,7 +183,7 @@ def _flash_attend(
     device = queries.device
     slots = torch.arange(width, device=device)
     real = slots < torch.tensor(plan.query_counts, device=device)[:, None]
-    valid = plan.valid_keys if plan.valid_keys is not None else real.new_ones(batch, keys.shape[2])
+    valid = torch.arange(keys.shape[2], device=device) < torch.tensor(plan.key_counts, device=device)[:, None]
     flat_queries = queries.transpose(1, 2)[real].transpose(0, 1)[None]
     flat_keys = keys.transpose(1, 2)[valid].transpose(0, 1)[None]
     flat_values = values.transpose(1, 2)[valid].transpose(0, 1)[None]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,9 @@ class KeyLayout:
     Full attention keeps positions `0 .. seen - 1`. Sliding attention keeps the sinks and what the *open segment* can
     still see, for a segment is read again, from its start, when it is learned:
     `0 .. sinks - 1` and `first(seen) .. seen - 1`. Keys lie left-packed in that order.
+
+    Sinks are moved along with the window, in steps of a block: at their own positions they would be ever farther away,
+    and beyond the distances a model was trained on attention to them, and the model with it, breaks down.
 
     Attributes:
         window: tokens in view of a query, itself included; `None` for all.
@@ -39,12 +44,31 @@ class KeyLayout:
         first = self.first(seen)
         return seen - first + (self.sinks if first else 0)
 
-    def positions(self, seen: int) -> torch.Tensor:
-        """The positions kept, `[count(seen)]` int64, on the CPU."""
-        first = self.first(seen)
-        if not first:
-            return torch.arange(seen)
-        return torch.cat([torch.arange(self.sinks), torch.arange(first, seen)])
+    def slots(self, begin: int, end: int) -> torch.Tensor:
+        """Positions in order of their slots, `[slots]` int64 on the CPU: those kept at `begin`, and the new up to `end`."""
+        first = self.first(begin)
+        sinks = torch.arange(self.sinks if first else 0)
+        return torch.cat([sinks, torch.arange(first, end)])
+
+    def shift(self, position: int) -> int:
+        """How far the sinks have moved for a query at `position`; the same for a block of neighbouring queries."""
+        if self.window is None:
+            return 0
+        return max(0, position - position % self.block - self.window - self.sinks)
+
+    @property
+    def block(self) -> int:
+        """Queries that see the sinks at the same place: a quarter of the window."""
+        assert self.window is not None
+        return max(self.window // 4, 1)
+
+    def block_starts(self, begin: int, end: int) -> list[int]:
+        """Positions in `begin + 1 .. end - 1` at which the sinks move."""
+        if self.window is None:
+            return []
+        still = self.window + self.sinks  # the sinks stay where they are until a block starts beyond this
+        start = max(begin, still) // self.block + 1
+        return list(range(start * self.block, end, self.block))
 
     def visible(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """
@@ -96,11 +120,45 @@ class Reading:
         lengths = torch.tensor(self.lengths, device=self.device)[:, None]
         return torch.where(steps < lengths, begin + steps, -1)
 
-    def plan(self, layout: KeyLayout) -> AttentionPlan:
+    def plan(self, layout: KeyLayout, rotary: LlamaRotaryEmbedding, like: torch.Tensor) -> AttentionPlan:
         """The plan of a kind of attention, made once and shared by its layers."""
         if layout not in self._plans:
-            self._plans[layout] = AttentionPlan.make(self, layout)
+            plan = _uniform_plan(self, layout) if self.uniform else _ragged_plan(self, layout)
+            for block in plan.blocks:
+                block.make_rotation(rotary, like)
+            self._plans[layout] = plan
         return self._plans[layout]
+
+
+@dataclass
+class Block:
+    """
+    Neighbouring queries that see the sinks at the same place.
+
+    Attributes:
+        start, stop: columns of the run.
+        first, last: the slots that any of them sees, besides the sinks: `first .. last - 1`.
+        sinks: slots of the sinks in front of them; 0 where they are among them, unmoved.
+        shifts: how far each row's sinks have moved, `[batch or 1]`.
+        mask: `[batch or 1, 1, stop - start, keys]` bool, true where a query sees a key; `None` for plain causal
+            attention over no other keys, or for one query that sees every key.
+        rotation: cosines and sines of the move, `[batch or 1, 1, head_dim]`; `None` when nothing has moved.
+    """
+
+    start: int
+    stop: int
+    first: int
+    last: int
+    sinks: int
+    shifts: list[int]
+    mask: torch.Tensor | None
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def make_rotation(self, rotary: LlamaRotaryEmbedding, like: torch.Tensor) -> None:
+        if self.sinks and any(self.shifts):
+            cos, sin = rotary(like, torch.tensor(self.shifts, device=like.device)[:, None])
+            # Rotations compose, but some kinds scale as well, and a key is scaled already.
+            self.rotation = cos / rotary.attention_scaling, sin / rotary.attention_scaling
 
 
 @dataclass(frozen=True)
@@ -111,75 +169,96 @@ class AttentionPlan:
     Attributes:
         layout: the kind of attention.
         cached: cached key slots that take part, the most of any row.
-        mask: `[batch or 1, 1, width, cached + width]` bool, true where a query sees a key; `None` for plain causal
-            attention over no cached keys, or for one query that sees every key.
-        key_counts: keys of each row, cached and new.
+        blocks: the queries, divided by where they see the sinks.
         query_counts: queries of each row.
-        valid_keys: `[batch, cached + width]` bool, the slots that hold a key; `None` when all do.
-        kept: indices `[batch, kept]` into the `cached + width` slots; `None` for all of them, in order.
-        dropped: for a uniform run, how many slots right after the sinks are dropped.
+        key_counts: keys of each row, cached and new.
+        packed: `[batch, slots]`, for ragged runs: where in the `cached + width` slots each row's keys lie.
+        kept: `[batch, kept]`, for ragged runs: which of the packed slots are kept.
+        dropped: for uniform runs, how many slots right after the sinks are dropped.
     """
 
     layout: KeyLayout
     cached: int
-    mask: torch.Tensor | None
+    blocks: list[Block]
     query_counts: list[int]
     key_counts: list[int]
-    valid_keys: torch.Tensor | None = None
+    packed: torch.Tensor | None = None
     kept: torch.Tensor | None = None
     dropped: int = 0
 
-    @classmethod
-    def make(cls, reading: Reading, layout: KeyLayout) -> AttentionPlan:
-        counts = [layout.count(begin) for begin in reading.begin]
-        cached = max(counts, default=0)
-        key_counts = [count + length for count, length in zip(counts, reading.lengths, strict=True)]
-        if reading.uniform:
-            begin, end = reading.begin[0], reading.end[0]
-            mask = None
-            if not _plainly_causal(layout, begin, reading.width):
-                keys = torch.cat([layout.positions(begin).to(reading.device), reading.positions()[0]])
-                mask = layout.visible(reading.positions(), keys[None])[:, None]
-            dropped = cached + reading.width - layout.count(end)
-            return cls(layout, cached, mask, reading.lengths, key_counts, dropped=dropped)
-
-        slots = torch.full((len(counts), cached), -1)
-        for row, (begin, count) in enumerate(zip(reading.begin, counts, strict=True)):
-            slots[row, :count] = layout.positions(begin)
-        positions = reading.positions()
-        keys = torch.cat([slots.to(reading.device), positions], dim=1)
-        kept = [layout.count(end) for end in reading.end]
-        index = torch.zeros(len(counts), max(kept), dtype=torch.int64)
-        for row, (count, length, keep) in enumerate(zip(counts, reading.lengths, kept, strict=True)):
-            filled = torch.cat([torch.arange(count), torch.arange(cached, cached + length)])
-            sinks = min(layout.sinks, keep) if len(filled) > keep else 0
-            index[row, :keep] = torch.cat([filled[:sinks], filled[len(filled) - keep + sinks :]])
-        return cls(
-            layout,
-            cached,
-            layout.visible(positions, keys)[:, None],
-            reading.lengths,
-            key_counts,
-            valid_keys=keys >= 0,
-            kept=index.to(reading.device),
-        )
+    def pack(self, keys: torch.Tensor) -> torch.Tensor:
+        """Each row's keys, cached and new, left-packed: `[batch, heads, slots, head_dim]` of as many or more slots."""
+        return keys if self.packed is None else _along_slots(keys, self.packed)
 
     def keep(self, keys: torch.Tensor) -> torch.Tensor:
-        """What a cache keeps, `[batch, heads, kept, head_dim]`, of `[batch, heads, cached + width, head_dim]`."""
+        """What a cache keeps of packed keys, `[batch, heads, kept, head_dim]`."""
         if self.kept is not None:
-            return keys.gather(2, self.kept[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3]))
+            return _along_slots(keys, self.kept)
         if self.dropped:
             sinks = self.layout.sinks
             return torch.cat([keys[:, :, :sinks], keys[:, :, sinks + self.dropped :]], dim=2)
         return keys
 
 
-def _plainly_causal(layout: KeyLayout, begin: int, width: int) -> bool:
+def _uniform_plan(reading: Reading, layout: KeyLayout) -> AttentionPlan:
+    begin, end = reading.begin[0], reading.end[0]
+    cached = layout.count(begin)
+    slots, queries = layout.slots(begin, end).to(reading.device), reading.positions()
+    offset = cached - begin  # from a position to its slot, the sinks aside
+    blocks = []
+    bounds = [begin, *layout.block_starts(begin, end), end]
+    for start, stop in pairwise(bounds):
+        oldest = 0 if layout.window is None else max(start - layout.window + 1, 0) + offset
+        last, shift = stop + offset, layout.shift(start)
+        sinks = layout.sinks if shift or oldest > layout.sinks else 0
+        first = max(oldest, sinks) if sinks else 0
+        keys = torch.cat([slots[:sinks], slots[first:last]])
+        mask = None
+        if not _plainly_causal(layout, start, stop, len(keys)):
+            mask = layout.visible(queries[:, start - begin : stop - begin], keys[None])[:, None]
+        blocks.append(Block(start - begin, stop - begin, first, last, sinks, [shift], mask))
+    counts = [cached + reading.width] * len(reading.begin)
+    dropped = cached + reading.width - layout.count(end)
+    return AttentionPlan(layout, cached, blocks, reading.lengths, counts, dropped=dropped)
+
+
+def _plainly_causal(layout: KeyLayout, start: int, stop: int, keys: int) -> bool:
     """No mask is needed: causal order alone decides, and attention implementations know it."""
-    nothing_cached, one_query = begin == 0, width == 1
-    if not (nothing_cached or one_query):
+    if keys != stop - start and stop - start > 1:
         return False
-    if layout.window is None:
-        return True
-    oldest = layout.first(begin) or layout.sinks
-    return begin + width - 1 - oldest < layout.window
+    return layout.window is None or keys <= layout.window
+
+
+def _ragged_plan(reading: Reading, layout: KeyLayout) -> AttentionPlan:
+    counts = [layout.count(begin) for begin in reading.begin]
+    cached, positions = max(counts), reading.positions()
+    key_counts = [count + length for count, length in zip(counts, reading.lengths, strict=True)]
+    rows, total = len(counts), max(key_counts)
+    packed = torch.zeros(rows, total, dtype=torch.int64)
+    slots = torch.full((rows, total), -1)
+    kept_counts = [layout.count(end) for end in reading.end]
+    kept = torch.zeros(rows, max(kept_counts), dtype=torch.int64)
+    cuts = {0, reading.width}
+    for row, (begin, end, length) in enumerate(zip(reading.begin, reading.end, reading.lengths, strict=True)):
+        count, filled, keep = counts[row], key_counts[row], kept_counts[row]
+        packed[row, :filled] = torch.cat([torch.arange(count), torch.arange(cached, cached + length)])
+        slots[row, :filled] = layout.slots(begin, end)
+        sinks = min(layout.sinks, keep) if filled > keep else 0
+        kept[row, :keep] = torch.cat([torch.arange(sinks), torch.arange(filled - keep + sinks, filled)])
+        cuts |= {start - begin for start in layout.block_starts(begin, end)}
+    slots = slots.to(reading.device)
+    blocks, bounds = [], sorted(cuts)
+    for start, stop in pairwise(bounds):
+        shifts = [
+            layout.shift(begin + start) if start < length else 0
+            for begin, length in zip(reading.begin, reading.lengths, strict=True)
+        ]
+        sinks = layout.sinks if any(shifts) else 0
+        mask = layout.visible(positions[:, start:stop], slots)[:, None]
+        blocks.append(Block(start, stop, sinks, total, sinks, shifts, mask))
+    device = reading.device
+    return AttentionPlan(layout, cached, blocks, reading.lengths, key_counts, packed.to(device), kept.to(device))
+
+
+def _along_slots(keys: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return keys.gather(2, index[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3]))

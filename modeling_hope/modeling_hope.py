@@ -70,12 +70,13 @@ class HopeDecoderLayer(GradientCheckpointingLayer):
         state: AttentionState | None,
         reading: Reading,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        rotary: LlamaRotaryEmbedding,
         weights: dict[int, LevelWeights] | None,
         keep_state: bool,
     ) -> tuple[torch.Tensor, AttentionState | None, torch.Tensor | None]:
         """`[batch, width, hidden_size]` to the same, the mixer's new state, and attention weights where there are any."""
         mixed, state, attention = self.mixer(
-            self.input_layernorm(hidden_states), state, reading, position_embeddings, keep_state
+            self.input_layernorm(hidden_states), state, reading, position_embeddings, rotary, keep_state
         )
         return self.cms(hidden_states + mixed, weights), state, attention
 
@@ -239,6 +240,7 @@ class HopeModel(HopePreTrainedModel):
                     states[index],
                     reading,
                     position_embeddings,
+                    self.rotary_emb,
                     weights[index] if weights else None,
                     keep_states,
                 )

@@ -67,13 +67,20 @@ class SlowHope:
         self.values[layer].append(v)
         q = self.rotate(q, position)
         sliding = c.layer_types[layer] == "sliding_attention"
+        # Sinks move along with the window, in blocks of a quarter of it.
+        moved = max(0, position - position % max(c.sliding_window // 4, 1) - c.sliding_window - c.attention_sinks)
         in_view = [
             p for p in range(position + 1) if not sliding or position - p < c.sliding_window or p < c.attention_sinks
         ]
         outputs = []
         for head in range(c.num_attention_heads):
             group = head * c.num_key_value_heads // c.num_attention_heads
-            scores = torch.stack([q[head] @ self.keys[layer][p][group] for p in in_view]) / c.head_dim**0.5
+            keys = [self.keys[layer][p][group] for p in in_view]
+            if sliding and moved:
+                keys = [
+                    self.rotate(k, moved) if p < c.attention_sinks else k for k, p in zip(keys, in_view, strict=True)
+                ]
+            scores = torch.stack([q[head] @ key for key in keys]) / c.head_dim**0.5
             outputs.append(
                 sum(s * self.values[layer][p][group] for s, p in zip(scores.softmax(0), in_view, strict=True))
             )
