@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 import tempfile
@@ -75,12 +76,12 @@ def convert(
         strategy, opened.config.num_hidden_layers, opened.config.intermediate_size, periods, learning_layers
     )
     fields = family.config_fields(opened.config) | plan.fields | {"cms_learning_rates": learning_rates}
-    if isinstance(learning_rates, Sequence):
-        # A level that never learns was added behind the given ones.
-        fields["cms_learning_rates"] = [
-            *learning_rates,
-            *[0.0] * (len(plan.fields["cms_periods"]) - len(learning_rates)),
-        ]
+    if isinstance(learning_rates, Sequence) and len(plan.fields["cms_periods"]) > len(periods):
+        # One more for the level that never learns, which the plan has added.
+        fields["cms_learning_rates"] = [*learning_rates, learning_rates[-1]]
+    decided = sorted(set(plan.fields) & set(config))
+    if decided:
+        raise ValueError(f"`{decided[0]}` is decided by `strategy` and `periods`: leave it out.")
     if window is not None:
         fields |= {"sliding_window": window, "attention_sinks": attention_sinks}
     report = ConversionReport(opened.name, family.model_type, strategy)
@@ -88,7 +89,7 @@ def convert(
     _fill(model, opened, family, plan, report)
     _describe(model, report)
     if opened.generation_config is not None:
-        model.generation_config = opened.generation_config
+        model.generation_config = copy.deepcopy(opened.generation_config)
     if check:
         report.logits = compare_logits(model, opened)
         if dtype == torch.float32 and report.logits["relative"] > 1e-4:
@@ -116,14 +117,19 @@ def _build(config: HopeConfig, dtype: torch.dtype) -> HopeForCausalLM:
     """A model whose parameters hold nothing yet: every one is filled, or the conversion fails."""
     with init.no_init_weights():
         model = HopeForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)  # and not the angles of the rotary positions, which need float32
     model.tie_weights()
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 @torch.no_grad()
 def _fill(model: HopeForCausalLM, source: Source, family: Family, plan: LevelPlan, report: ConversionReport) -> None:
     parameters = dict(model.named_parameters())
     for name, tensor in source.tensors():
+        if family.ignores(name):
+            report.tensors[name] = "not needed: Hope computes it"
+            continue
         layer = re.search(r"\.layers\.(\d+)\.", name)
         target = family.target(name, plan.places[int(layer[1])] if layer else {"mlp": "", "mlp_norm": ""})
         if target == "lm_head.weight" and model.config.tie_word_embeddings:

@@ -18,6 +18,7 @@ class Family:
         fields: fields of the source's config that are HopeConfig's, by the same name.
         tensors: pattern of a source tensor to its name in Hope. `{layer}` stands for a layer's number; `{mlp}` and
             `{mlp_norm}` in a target for where the strategy puts a layer's MLP and the norm before it.
+        ignored: patterns of tensors that some checkpoints carry and Hope computes by itself.
         refuse: says why a config of this family cannot become a Hope model; `None` when it can.
         adapt: what else the config has to say, from the source's config.
     """
@@ -25,6 +26,7 @@ class Family:
     model_type: str
     fields: tuple[str, ...]
     tensors: dict[str, str]
+    ignored: tuple[str, ...] = ()
     refuse: Callable[[Any], str | None] = lambda config: None
     adapt: Callable[[Any], dict[str, Any]] = lambda config: {}
 
@@ -39,7 +41,14 @@ class Family:
         `places`: what the strategy puts for `{mlp}` and `{mlp_norm}`.
         """
         for pattern, target in self.tensors.items():
-            match = re.fullmatch(re.escape(pattern).replace(r"\{layer\}", r"(?P<layer>\d+)"), name)
+            match = _match(pattern, name)
             if match:
                 return target.format(**places, **match.groupdict())
         return None
+
+    def ignores(self, name: str) -> bool:
+        return any(_match(pattern, name) for pattern in self.ignored)
+
+
+def _match(pattern: str, name: str) -> re.Match[str] | None:
+    return re.fullmatch(re.escape(pattern).replace(r"\{layer\}", r"(?P<layer>\d+)"), name)

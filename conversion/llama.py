@@ -64,5 +64,6 @@ LLAMA = Family(
         **_mlp("up_proj"),
         **_mlp("down_proj"),
     },
+    ignored=("model.layers.{layer}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"),
     refuse=_refuse,
 )

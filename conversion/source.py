@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,7 +59,9 @@ class ModelSource(Source):
                 yield name, tensor
 
     def model(self) -> PreTrainedModel:
-        return self._model.float().eval()
+        if self._model.dtype == torch.float32 and not self._model.training:
+            return self._model
+        return copy.deepcopy(self._model).float().eval()
 
 
 class DirectorySource(Source):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -79,6 +81,8 @@ class HopeCache(Cache):
         self.memory_fields = config.memory_fields
         self.periods: list[int | None] = list(config.cms_periods)
         self.rows = [StreamRecord.new(len(self.periods)) for _ in range(batch_size)]
+        # The model it was last used with, whose weights a saved memory is checked against.
+        self.model: Callable[[], nn.Module | None] = lambda: None
         # Columns of the padded batches read so far: what a mask over history and new tokens has to cover.
         self.columns = 0
 
@@ -123,8 +127,9 @@ class HopeCache(Cache):
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order; a row may come more than once. Copies no change."""
-        for layer in self.layers:
-            layer.select(rows)
+        with torch.inference_mode(False):
+            for layer in self.layers:
+                layer.select(rows)
         self.rows = [self.rows[row] for row in rows]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -152,13 +157,40 @@ class HopeCache(Cache):
             self.layers.append(copy)
         self.rows, self.columns = list(other.rows), other.columns
 
-    def reset(self) -> None:
-        """Forget everything."""
+    def to(self, device: torch.device | str) -> HopeCache:
+        """Move the memory, in place; returns it."""
+        place = torch.device(device)
+        for layer in self.layers:
+            layer.mixer = None if layer.mixer is None else layer.mixer.to(place)
+            layer.levels = {level: [memory.to(place) for memory in rows] for level, rows in layer.levels.items()}
+        self.rows = [
+            replace(row, ids=row.ids.to(place), embeds=None if row.embeds is None else row.embeds.to(place))
+            for row in self.rows
+        ]
+        return self
+
+    def reset(self, levels: Sequence[int] | None = None) -> None:
+        """Forget everything; with `levels`, only what these levels have learned and gathered."""
+        if levels is not None:
+            self._reset_levels(levels)
+            return
         for layer in self.layers:
             layer.mixer = None
             layer.levels = {level: [NOTHING_LEARNED] * self.batch_size for level in layer.levels}
         self.rows = [StreamRecord.new(len(self.periods)) for _ in self.rows]
         self.columns = 0
+
+    def _reset_levels(self, levels: Sequence[int]) -> None:
+        unknown = [level for level in levels if not 0 <= level < len(self.periods)]
+        if unknown:
+            raise ValueError(f"`levels` must lie between 0 and {len(self.periods) - 1}, got {unknown[0]}.")
+        for layer in self.layers:
+            for level in set(levels) & set(layer.levels):
+                layer.levels[level] = [NOTHING_LEARNED] * self.batch_size
+        self.rows = [
+            replace(row, pairs=tuple(count * (level not in levels) for level, count in enumerate(row.pairs)))
+            for row in self.rows
+        ]
 
     def detach(self) -> None:
         """Drop the graph of an outer gradient; a memory that outlives its call must not keep it alive."""
@@ -190,8 +222,11 @@ class HopeCache(Cache):
         return found
 
     def nbytes(self) -> int:
-        """Bytes of the memory's tensors; what rows share counts once."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors().values()}
+        """Bytes that the memory takes, sums of slow weights and changes included; what rows share counts once."""
+        held = list(self.tensors().values())
+        memories = [memory for layer in self.layers for rows in layer.levels.values() for memory in rows]
+        held += [tensor for memory in memories for tensor in memory.tensors()]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
         return sum(storages.values())
 
     def summary(self) -> dict[str, Any]:
@@ -229,9 +264,10 @@ class HopeCache(Cache):
         """
         Write the memory to a directory: its tensors as safetensors, the rest as JSON.
 
-        `model`: also note a sample of its slow weights, so that loading refuses another model of the same shape.
+        `model`: the one it belongs to, unset the one it was last used with. A sample of its slow weights is noted, so
+        that loading refuses another model of the same shape.
         """
-        save_memory(self, save_directory, model)
+        save_memory(self, save_directory, self.model() if model is None else model)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], *, model: Any) -> HopeCache:
@@ -242,7 +278,9 @@ class HopeCache(Cache):
             ValueError: the directory holds no memory, one of another model, a newer format, or a damaged file.
         """
         cache = cls(model.config, 0)
-        load_memory(cache, directory, model)
+        with torch.inference_mode(False), torch.no_grad():
+            load_memory(cache, directory, model)
+        cache.model = weakref.ref(model)
         return cache
 
 

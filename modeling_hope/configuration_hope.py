@@ -3,6 +3,7 @@
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 
@@ -93,7 +94,8 @@ class HopeConfig(PreTrainedConfig):
             forward pass; the outer gradient takes them as constants).
 
     Raises:
-        ValueError: a field has an impossible value; the message names the field and the fix.
+        StrictDataclassClassValidationError, StrictDataclassFieldValidationError: Transformers' own errors for a field
+            with an impossible value or type; the message names the field and the fix.
 
     ```python
     >>> from modeling_hope import HopeConfig, HopeForCausalLM
@@ -145,7 +147,16 @@ class HopeConfig(PreTrainedConfig):
     cms_training: str = "static"
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # Lists only, so that a config equals its own reading from JSON.
+        unknown = [name for name in kwargs if name.startswith("cms_")]
+        if unknown:
+            raise ValueError(
+                f"HopeConfig has no field `{unknown[0]}`; see its documentation for those that start with cms_."
+            )
+        self.complete()
+        super().__post_init__(**kwargs)
+
+    def complete(self) -> None:
+        """Fill in what was left unset, and turn tuples into lists, so that a config equals its reading from JSON."""
         self.cms_periods = list(self.cms_periods)
         levels = len(self.cms_periods)
         if self.num_key_value_heads is None:
@@ -165,7 +176,6 @@ class HopeConfig(PreTrainedConfig):
         for name in PER_LEVEL_FIELDS:
             if isinstance(getattr(self, name), tuple):
                 setattr(self, name, list(getattr(self, name)))
-        super().__post_init__(**kwargs)
 
     @property
     def segment_length(self) -> int | None:
@@ -211,6 +221,10 @@ class HopeConfig(PreTrainedConfig):
             )
         for mixer in self.layer_types or []:
             _one_of("layer_types", mixer, MIXERS)
+        if self.sliding_window is not None and "sliding_attention" not in (self.layer_types or []):
+            raise ValueError(
+                "`sliding_window` is set and `layer_types` has no 'sliding_attention': name the layers that slide, or unset it."
+            )
         if "sliding_attention" in (self.layer_types or []) and (self.sliding_window or 0) < 1:
             raise ValueError(
                 f"`sliding_window` must be at least 1 when `layer_types` has 'sliding_attention', got {self.sliding_window}."
@@ -225,6 +239,16 @@ class HopeConfig(PreTrainedConfig):
             raise ValueError(
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
                 f"({self.num_key_value_heads})."
+            )
+        if self.head_dim < 2 or self.head_dim % 2:  # type: ignore[operator]
+            raise ValueError(
+                f"`head_dim` must be even and at least 2 (rotary positions turn pairs), got {self.head_dim}."
+            )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` {self.hidden_act!r} is no activation of Transformers.")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"`pad_token_id` must lie between 0 and vocab_size - 1 = {self.vocab_size - 1}, got {self.pad_token_id}."
             )
         if self.attention_sinks < 0:
             raise ValueError(f"`attention_sinks` must be 0 or more, got {self.attention_sinks}.")
@@ -253,7 +277,7 @@ class HopeConfig(PreTrainedConfig):
                 )
         if any(size < 1 for size in self.level_intermediate_sizes):
             raise ValueError(f"`intermediate_size` must be at least 1 for every level, got {self.intermediate_size}.")
-        if any(rate < 0 for rate in self.level_learning_rates):
+        if any(not rate >= 0 for rate in self.level_learning_rates):
             raise ValueError(f"`cms_learning_rates` must be 0 or more, got {self.cms_learning_rates}.")
         if self.cms_learn_rates and any(rate == 0 for rate in self.level_learning_rates):
             raise ValueError(

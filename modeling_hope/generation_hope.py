@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 from transformers.generation.configuration_utils import GenerationConfig
+from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.utils import GenerationMixin
 
@@ -16,6 +17,10 @@ from .cache_hope import HopeCache
 
 if TYPE_CHECKING:
     from .modeling_hope import HopeForCausalLM
+
+
+# As many tokens in common with the start of the history do not come about by chance.
+LONG_REPETITION = 8
 
 
 @dataclass
@@ -104,6 +109,8 @@ class HopeGenerationMixin(GenerationMixin):
         self: HopeForCausalLM,
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
         **kwargs: Any,
     ) -> Any:
         """
@@ -111,7 +118,8 @@ class HopeGenerationMixin(GenerationMixin):
 
         With a used `past_key_values`, `input_ids` that begin with all that a row has read are *history*, of which the
         rest is new; otherwise they are *new tokens*. The last sampled token of the call before, which nothing has read
-        yet, is read first, once. An `attention_mask` is as wide as the ids, or covers the history too.
+        yet, is read first, once; without any ids, it is the prompt. An `attention_mask` is as wide as the ids, or
+        covers the history too: then the ids are new tokens.
 
         Args:
             learn (`str`, *optional*): what is learned from: `"prompt"` (what the model is told), `"all"` (its own words
@@ -119,8 +127,8 @@ class HopeGenerationMixin(GenerationMixin):
                 learns at all.
 
         Returns:
-            As `GenerationMixin.generate`. The memory holds the returned sequences up to their last tokens; after beam
-            search too. When anything is raised it is as it was.
+            As `GenerationMixin.generate`. The memory holds the returned sequences up to their last tokens, one row for
+            each, after beam search too. When anything is raised it is as it was.
         """
         settings = _Settings(kwargs, generation_config, self.generation_config)
         learn = kwargs.pop("learn", None) or settings.get("learn") or ("prompt" if self._learns(None) else "off")
@@ -131,15 +139,20 @@ class HopeGenerationMixin(GenerationMixin):
                 f"`cache_implementation={settings.get('cache_implementation')!r}`: a Hope model remembers more than keys and "
                 "values, and needs a HopeCache. Leave it out."
             )
-        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        embeds = kwargs.get("inputs_embeds")
-        if input_ids is None and embeds is None:
-            return super().generate(inputs, generation_config, **kwargs)
-        given = kwargs.pop("past_key_values", None)
+        given, embeds = kwargs.pop("past_key_values", None), kwargs.get("inputs_embeds")
         if given is not None and not isinstance(given, HopeCache):
             raise ValueError(
                 f"`past_key_values` is a {type(given).__name__}; a Hope model needs a HopeCache: HopeCache(model.config, batch_size)."
             )
+        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        if input_ids is not None and embeds is not None:
+            raise ValueError("Give one of `input_ids` and `inputs_embeds`: a Hope model reads everything it is given.")
+        if embeds is None:
+            input_ids = _prompt(input_ids, given, settings.get("bos_token_id"), self.device)
+        use_cache = embeds is not None or settings.get("use_cache") is not False
+        if given is not None and not use_cache:
+            raise ValueError("`use_cache=False` leaves `past_key_values` unread: leave out one of them.")
+
         prompt = input_ids if input_ids is not None else embeds
         assert prompt is not None
         batch, width = prompt.shape[:2]
@@ -150,7 +163,6 @@ class HopeGenerationMixin(GenerationMixin):
             mask = _mask_of_pads(input_ids, settings.get("pad_token_id"), settings.get("eos_token_id"))
         turn = new_turn(memory, input_ids, embeds, mask, learn)
 
-        use_cache = settings.get("use_cache") is not False
         work = memory.clone()
         beams = settings.get("num_beams") or 1
         copies = max(beams, settings.get("num_return_sequences") or 1)
@@ -163,65 +175,54 @@ class HopeGenerationMixin(GenerationMixin):
                 self(**part, past_key_values=work, logits_to_keep=1)
             turn.skip(last)
             kwargs["prefill_chunk_size"] = None
+        before, last_of_prompt = work.clone(), replace(turn)
         if copies > 1:
             work.batch_repeat_interleave(copies)
         turn.expand(copies)
-        criteria = kwargs.pop("stopping_criteria", None) or StoppingCriteriaList()
-        kwargs["attention_mask"] = torch.ones(batch, width, dtype=torch.int64, device=prompt.device)
+        wants_output = settings.get("return_dict_in_generate")
+        if beams > 1:
+            kwargs["return_dict_in_generate"] = True  # its beam indices tell how long each sequence is
         if use_cache:
             kwargs["past_key_values"] = work
         output = super().generate(
-            inputs,
+            input_ids,
             generation_config,
-            stopping_criteria=StoppingCriteriaList([*criteria, _OfTurn(turn)]),
+            logits_processor=logits_processor,
+            stopping_criteria=StoppingCriteriaList([*(stopping_criteria or []), _OfTurn(turn)]),
+            attention_mask=torch.ones(batch, width, dtype=torch.int64, device=prompt.device),
             turn=turn,
             **kwargs,
         )
-        if not use_cache:
-            return output
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        if beams > 1:
-            self._reread(memory, sequences, batch, input_ids, embeds, mask, turn, settings)
-        else:
+        if use_cache and beams > 1:
+            lengths = (output.beam_indices >= 0).sum(1).tolist()
+            start = width if input_ids is not None else 0
+            words = [row[start : start + length] for row, length in zip(sequences, lengths, strict=True)]
+            memory.assign(self._read_words(before, last_of_prompt, words))
+        elif use_cache:
             assert turn.last is not None, "This version of Transformers makes its stopping criteria elsewhere."
             for row, column in enumerate(turn.last.tolist()):
                 work.rows[row] = replace(work.rows[row], pending=int(sequences[row, column]))
             memory.assign(work)
         if not isinstance(output, torch.Tensor):
-            output.past_key_values = memory
-        return output
+            output.past_key_values = memory if use_cache else None
+        return output if wants_output or isinstance(output, torch.Tensor) else sequences
 
-    def _reread(
-        self: HopeForCausalLM,
-        memory: HopeCache,
-        sequences: torch.Tensor,
-        batch: int,
-        input_ids: torch.Tensor | None,
-        embeds: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        turn: Turn,
-        settings: _Settings,
-    ) -> None:
+    def _read_words(self: HopeForCausalLM, memory: HopeCache, prompt: Turn, words: list[torch.Tensor]) -> HopeCache:
         """
-        Give the memory what beam search returned: the cache of the search is that of the beams still running.
+        The memory of what beam search returned: the cache of the search is that of the beams still running.
 
-        The prompt and the returned words are read once more, from where the memory stood.
+        Read from where the memory stood before the last token of the prompt.
         """
-        fresh = new_turn(memory, input_ids, embeds, mask, turn.learn)
-        work = memory.clone()
-        self(**fresh.inputs(0, None), past_key_values=work, logits_to_keep=1)
-        work.batch_repeat_interleave(len(sequences) // batch)
-        words = [
-            _until_end(row, settings.get("eos_token_id"), settings.get("pad_token_id"))
-            for row in sequences[:, fresh.width if input_ids is not None else 0 :]
-        ]
+        self(**prompt.inputs(0, None), past_key_values=memory, logits_to_keep=1)
+        memory.batch_repeat_interleave(len(words) // memory.batch_size)
         read, real = _right_aligned([row[:-1] for row in words])
         if read.shape[1]:
-            own = "all" if turn.learn == "all" else "off"
-            self(read, attention_mask=real, past_key_values=work, learn=own, logits_to_keep=1)
+            own = "all" if prompt.learn == "all" else "off"
+            self(read, attention_mask=real, past_key_values=memory, learn=own, logits_to_keep=1)
         for row, tokens in enumerate(words):
-            work.rows[row] = replace(work.rows[row], pending=int(tokens[-1]))
-        memory.assign(work)
+            memory.rows[row] = replace(memory.rows[row], pending=int(tokens[-1]))
+        return memory
 
     def _get_stopping_criteria(
         self, generation_config: GenerationConfig, stopping_criteria: StoppingCriteriaList | None, **kwargs: Any
@@ -335,6 +336,9 @@ def new_turn(
             f"`input_ids` row {history.index(True)} repeats what its memory has read and row {disagreeing} does not: "
             "give all rows their history, or all rows new tokens only."
         )
+    if used and not is_history and not covers_history:
+        for index, (ids, record) in enumerate(zip(rows, memory.rows, strict=True)):
+            _refuse_half_history(ids, record.ids, index)
     told = []
     for index, record in enumerate(memory.rows):
         if is_history:
@@ -347,7 +351,7 @@ def new_turn(
             own = record.pending is not None and int(rows[index][0]) == record.pending
         else:
             own = record.pending is not None
-            if own:
+            if own and rows[index].tolist() != [record.pending]:
                 rows[index] = F.pad(rows[index], (1, 0), value=record.pending)
         told.append(torch.arange(len(rows[index]), device=inputs.device) >= int(own))
     ids, present = _right_aligned(rows)
@@ -375,18 +379,42 @@ def _mask_of_pads(input_ids: torch.Tensor, pad: Any, eos: Any) -> torch.Tensor |
     return input_ids != pad
 
 
+def _refuse_half_history(ids: torch.Tensor, read: torch.Tensor, row: int) -> None:
+    """Raise `ValueError` where ids repeat much of what was read and then differ: read as new, it would be read twice."""
+    shared = min(len(ids), len(read))
+    differing = (ids[:shared] != read[:shared].to(ids.device)).nonzero()
+    same = int(differing[0]) if len(differing) else shared
+    if same >= max(LONG_REPETITION, len(read) / 2):
+        raise ValueError(
+            f"`input_ids` row {row} repeat the first {same} of the {len(read)} tokens that its memory has read, and then "
+            "differ: neither history nor new. Give the new tokens only, or a new memory; a chat template may have "
+            "rendered earlier turns differently."
+        )
+
+
 def _begins_with(ids: torch.Tensor, read: torch.Tensor) -> bool:
     return len(ids) >= len(read) and bool((ids[: len(read)] == read.to(ids.device)).all())
 
 
-def _until_end(tokens: torch.Tensor, eos: Any, pad: Any) -> torch.Tensor:
-    """A sequence up to its first end token; without one, without the filling behind it."""
-    ends = torch.tensor(eos if isinstance(eos, list) else [] if eos is None else [eos], device=tokens.device)
-    found = torch.isin(tokens, ends).nonzero()
-    if len(found):
-        return tokens[: int(found[0]) + 1]
-    words = (tokens != pad).nonzero() if pad is not None else tokens.new_tensor([len(tokens) - 1])
-    return tokens[: int(words[-1]) + 1] if len(words) else tokens[:1]
+def _prompt(
+    input_ids: torch.Tensor | None, memory: HopeCache | None, bos: int | None, device: torch.device
+) -> torch.Tensor:
+    """The ids to start from: those given, the tokens that wait to be read, or the start of a sequence."""
+    if input_ids is not None:
+        if input_ids.dim() != 2 or 0 in input_ids.shape:
+            raise ValueError(
+                f"`input_ids` has shape {tuple(input_ids.shape)}: give at least one row of at least one token."
+            )
+        return input_ids
+    pendings = [row.pending for row in memory.rows] if memory is not None else []
+    if memory is not None and any(memory.seen):
+        if any(pending is None for pending in pendings):
+            raise ValueError("Give `input_ids`: no sampled token of `past_key_values` waits to be read.")
+        memory_of_told = torch.tensor(pendings, device=device)[:, None]
+        return memory_of_told
+    if bos is None:
+        raise ValueError("Give `input_ids`: there is no `bos_token_id` to start from.")
+    return torch.full((max(len(pendings), 1), 1), bos, device=device)
 
 
 def _right_aligned(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

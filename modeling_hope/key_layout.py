@@ -210,8 +210,7 @@ def _uniform_plan(reading: Reading, layout: KeyLayout) -> AttentionPlan:
     for start, stop in pairwise(bounds):
         oldest = 0 if layout.window is None else max(start - layout.window + 1, 0) + offset
         last, shift = stop + offset, layout.shift(start)
-        sinks = layout.sinks if shift or oldest > layout.sinks else 0
-        first = max(oldest, sinks) if sinks else 0
+        sinks, first = _in_front(layout, max(oldest, 0), moved=shift > 0)
         keys = torch.cat([slots[:sinks], slots[first:last]])
         mask = None
         if not _plainly_causal(layout, start, stop, len(keys)):
@@ -220,6 +219,13 @@ def _uniform_plan(reading: Reading, layout: KeyLayout) -> AttentionPlan:
     counts = [cached + reading.width] * len(reading.begin)
     dropped = cached + reading.width - layout.count(end)
     return AttentionPlan(layout, cached, blocks, reading.lengths, counts, dropped=dropped)
+
+
+def _in_front(layout: KeyLayout, oldest: int, moved: bool) -> tuple[int, int]:
+    """Slots of sinks to put in front of a block's keys, and the first of those, when `oldest` is the oldest in view."""
+    if not moved and oldest <= layout.sinks:
+        return 0, 0
+    return layout.sinks, max(oldest, layout.sinks)
 
 
 def _plainly_causal(layout: KeyLayout, start: int, stop: int, keys: int) -> bool:
@@ -253,9 +259,18 @@ def _ragged_plan(reading: Reading, layout: KeyLayout) -> AttentionPlan:
             layout.shift(begin + start) if start < length else 0
             for begin, length in zip(reading.begin, reading.lengths, strict=True)
         ]
-        sinks = layout.sinks if any(shifts) else 0
-        mask = layout.visible(positions[:, start:stop], slots)[:, None]
-        blocks.append(Block(start, stop, sinks, total, sinks, shifts, mask))
+        reaching = [row for row, length in enumerate(reading.lengths) if start < length]
+        offsets = [key_counts[row] - reading.end[row] for row in reaching]  # from a position to its slot
+        begins = [reading.begin[row] + start for row in reaching]
+        ends = [reading.begin[row] + min(stop, reading.lengths[row]) for row in reaching]
+        last = max((end + offset for end, offset in zip(ends, offsets, strict=True)), default=1)
+        oldest = 0
+        if layout.window is not None and reaching:
+            oldest = min(max(begin - layout.window + 1, 0) + o for begin, o in zip(begins, offsets, strict=True))
+        sinks, first = _in_front(layout, max(oldest, 0), moved=any(shifts))
+        seen = torch.cat([slots[:, :sinks], slots[:, first:last]], dim=1)
+        mask = layout.visible(positions[:, start:stop], seen)[:, None]
+        blocks.append(Block(start, stop, first, last, sinks, shifts, mask))
     device = reading.device
     return AttentionPlan(layout, cached, blocks, reading.lengths, key_counts, packed.to(device), kept.to(device))
 

@@ -95,9 +95,9 @@ def segment_loss(logits: torch.Tensor, ids: torch.Tensor, learn: torch.Tensor) -
         ids: `[rows, segment]` int64.
         learn: `[rows, segment]` bool, which tokens may be targets.
     """
-    wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-    targets = ids[:, 1:].masked_fill(~learn[:, 1:], -100)
-    return F.cross_entropy(wide.transpose(1, 2), targets, reduction="none").sum(1)
+    wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    targets = F.pad(ids[:, 1:].masked_fill(~learn[:, 1:], -100), (0, 1), value=-100)
+    return F.cross_entropy(wide, targets.flatten(), reduction="none").view(ids.shape).sum(1)
 
 
 def gradients(
@@ -150,8 +150,8 @@ def gather(
         cache.rows[row] = replace(record, skipped=record.skipped + 1)
         return
     tensors = [tensor for layer in segment_gradients for maps in layer.values() for tensor in maps.values()]
-    # One sum tells whether any entry is not finite, without another pass for each tensor.
-    if not math.isfinite(mean) or not math.isfinite(sum(float(tensor.sum()) for tensor in tensors)):
+    # A sum tells whether any entry is not finite.
+    if not math.isfinite(mean) or not math.isfinite(_total([tensor.sum() for tensor in tensors])):
         cache.rows[row] = replace(record, nonfinite=record.nonfinite + 1)
         return
     for layer, by_level in zip(cache.layers, segment_gradients, strict=True):
@@ -191,10 +191,8 @@ def _update(model: HopeModel, cache: HopeCache, row: int, level: int) -> None:
     ]
     scale = 1 / record.pairs[level]
     if config.cms_max_update_norm is not None:
-        squares = [
-            g.square().sum().item() for i in places for g in cache.layers[i].levels[level][row].gradient.values()
-        ]
-        norm = scale * sum(squares) ** 0.5
+        gathered = [g for index in places for g in cache.layers[index].levels[level][row].gradient.values()]
+        norm = scale * _total([gradient.square().sum() for gradient in gathered]) ** 0.5
         scale *= min(1.0, config.cms_max_update_norm / norm) if norm > 0 else 1.0
     for index in places:
         memories = cache.layers[index].levels[level]
@@ -233,6 +231,11 @@ def _restart(cache: HopeCache, row: int, level: int, rate: float) -> None:
             for name, change in memory.change.items()
         }
         memories[row] = memory.with_change(initial, initial=initial)
+
+
+def _total(sums: list[torch.Tensor]) -> float:
+    """Of numbers that may lie on several devices, fetched at once."""
+    return float(torch.stack([number.double().to(sums[0].device) for number in sums]).sum())
 
 
 def _period(config: HopeConfig, level: int) -> int:

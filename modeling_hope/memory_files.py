@@ -78,6 +78,8 @@ def load_memory(cache: HopeCache, directory: str | os.PathLike[str], model: Any)
 
 
 def _fill(cache: HopeCache, description: dict[str, Any], tensors: Tensors, model: Any) -> None:
+    if not hasattr(model, "lm_head"):
+        raise ValueError("`model` has to be the causal language model that it was learned with")
     cache.columns, device = description["columns"], model.device
     for index, row in enumerate(description["rows"]):
         numbers: dict[str, Any] = {
@@ -87,27 +89,29 @@ def _fill(cache: HopeCache, description: dict[str, Any], tensors: Tensors, model
         record = StreamRecord(
             ids=tensors.pop(f"rows.{index}.ids").to(device),
             learn=tensors.pop(f"rows.{index}.learn"),
-            embeds=None if embeds is None else embeds.to(device),
+            embeds=None if embeds is None else embeds.to(device, model.dtype),
             **numbers,
         )
         cache.rows.append(record)
     maps = LEARNED_MAPS[model.config.cms_fast_weights]
+    wide = torch.promote_types(model.dtype, torch.float32)
     for index, (layer, decoder_layer) in enumerate(zip(cache.layers, model.model.layers, strict=True)):
         place = next(decoder_layer.parameters()).device
         names = [f"layers.{index}.mixer.{name}" for name in AttentionState._fields]
         if names[0] in tensors:
-            layer.mixer = AttentionState(*(tensors.pop(name).to(place) for name in names))
+            # A model keeps its memory when it is cast.
+            layer.mixer = AttentionState(*(tensors.pop(name).to(place, model.dtype) for name in names))
         for level in layer.levels:
             mlp = decoder_layer.cms.level(level)
             shapes = {name: (getattr(mlp, name).out_features, getattr(mlp, name).in_features) for name in maps}
             prefixes = [f"layers.{index}.levels.{level}.rows.{row}." for row in range(len(cache.rows))]
-            layer.levels[level] = [_level_memory(tensors, prefix, shapes, place) for prefix in prefixes]
+            layer.levels[level] = [_level_memory(tensors, prefix, shapes, place, wide) for prefix in prefixes]
     if tensors:
         raise ValueError(f"it holds {next(iter(tensors))}, which the model has no place for")
 
 
 def _level_memory(
-    tensors: Tensors, prefix: str, shapes: dict[str, tuple[int, int]], place: torch.device
+    tensors: Tensors, prefix: str, shapes: dict[str, tuple[int, int]], place: torch.device, dtype: torch.dtype
 ) -> LevelMemory:
     kinds: dict[str, Tensors] = {kind: {} for kind in MEMORY_TENSORS}
     for kind, found in kinds.items():
@@ -117,7 +121,7 @@ def _level_memory(
                 continue
             if tensor.shape != shape:
                 raise ValueError(f"{prefix}{kind}.{name} is {tuple(tensor.shape)}, the model's map {shape}")
-            found[name] = tensor.to(place)
+            found[name] = tensor.to(place, dtype)
     return LevelMemory(kinds["change"], kinds["initial"], kinds["gradient"], kinds["momentum"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import wraps
@@ -9,11 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils import TransformersKwargs
 
 from .attention import AttentionState, HopeAttention
 from .cache_hope import HopeCache
@@ -28,6 +29,8 @@ from .stream_record import NO_TOKEN
 
 
 LEARN = ("all", "prompt", "off")
+# Passed by parts of Transformers to every model.
+IGNORED_OPTIONS = {"cache_position", "token_type_ids"}
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -93,12 +96,16 @@ class HopePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _is_stateful = True
 
+    def __init__(self, config: HopeConfig, *args: Any, **kwargs: Any):
+        # `from_pretrained` sets fields on a config that was complete without them.
+        config.complete()
+        config.validate()
+        super().__init__(config, *args, **kwargs)
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, HopeAggregation | HopeContinuumMemory):
             module.initialise()
-        elif isinstance(module, HopeRMSNorm):
-            init.ones_(module.weight)
 
 
 class Run:
@@ -130,7 +137,7 @@ def assemble(runs: list[Run], parts: list[torch.Tensor], batch: int, width: int)
 class HopeModel(HopePreTrainedModel):
     """
     The decoder without a head. It reads with what a memory has learned, but learns nothing itself, having no next-token
-    loss to learn from: a segment that ends in its reading is not learned.
+    loss to learn from.
     """
 
     layers: Sequence[HopeDecoderLayer]
@@ -165,7 +172,7 @@ class HopeModel(HopePreTrainedModel):
         Args:
             input_ids: `[batch, width]` int64, the tokens to read. Or `inputs_embeds`, `[batch, width, hidden_size]`.
             attention_mask: `[batch, width]`, or over everything read and the new tokens; 0 where padded. Padding may
-                be anywhere.
+                be anywhere, and a row that has read something may sit a call out.
             position_ids: accepted when they count each row's tokens, as the model does by itself.
             past_key_values: the memory to read with, changed by the call.
             use_cache: whether to return a memory when none was given.
@@ -181,19 +188,21 @@ class HopeModel(HopePreTrainedModel):
             raise ValueError(
                 f"`learn={learn!r}`: {type(self).__name__} has no next-token loss to learn from. Use HopeForCausalLM."
             )
-        stream = Stream(self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, kwargs)
+        check_options(kwargs)
+        check_attentions(self.config, output_attentions)
+        stream = Stream(self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        stretches = stream.stretches()
+        if not stream.in_one_run(stretches):
+            raise ValueError(
+                "`past_key_values` holds tokens to be learned from, and their segment or period ends in this call: a "
+                f"{type(self).__name__} has no next-token loss to learn from. Read on with HopeForCausalLM."
+            )
         use_cache = self.config.use_cache if use_cache is None else use_cache
         stream.keep = past_key_values is not None or use_cache
-        run = stream.read(
-            list(range(stream.batch)),
-            [Stretch(length) for length in stream.packing.lengths],
-            bool(output_hidden_states),
-            bool(output_attentions),
-        )
-        stream.close()
+        run = stream.read(list(range(stream.batch)), stretches, bool(output_hidden_states), bool(output_attentions))
         output = BaseModelOutputWithPast(
             last_hidden_state=stream.packing.unpack(run.hidden),
-            past_key_values=stream.cache if stream.keep else None,
+            past_key_values=stream.close() if stream.keep else None,
             hidden_states=tuple(map(stream.packing.unpack, run.hidden_states)) if output_hidden_states else None,
             attentions=tuple(run.attentions) if output_attentions else None,
         )
@@ -260,6 +269,7 @@ class Stream:
     Attributes:
         cache: the memory that the call works on. The caller's own takes its place in `close()`, when all has gone well.
         keep: whether the mixers' states have to be kept: for the caller, or for a later stretch of this call.
+        head_of: the model that was called, which a memory notes as its own.
     """
 
     def __init__(
@@ -270,7 +280,6 @@ class Stream:
         position_ids: torch.Tensor | None,
         past_key_values: HopeCache | None,
         inputs_embeds: torch.Tensor | None,
-        unexpected: dict[str, Any],
     ):
         config = model.config
         if (input_ids is None) == (inputs_embeds is None):
@@ -304,27 +313,37 @@ class Stream:
         self.offsets = [0] * self.batch
         self.coming = [torch.zeros(length, dtype=torch.bool) for length in self.packing.lengths]
         self.keep = True
+        self.head_of: nn.Module = model
+
+    def in_one_run(self, stretches: list[Stretch]) -> bool:
+        """Nothing is learned before the end of the call."""
+        lengths = [stretch.length for stretch in stretches]
+        return lengths == self.packing.lengths and not any(stretch.learn for stretch in stretches)
 
     def _check_positions(self, position_ids: torch.Tensor) -> None:
-        begin = torch.tensor(self.cache.seen, device=position_ids.device)[:, None]
-        given = self.packing.pack(position_ids.expand(self.batch, -1)[:, -self.width :])
-        steps = torch.arange(given.shape[1], device=given.device)
-        real = steps < torch.tensor(self.packing.lengths, device=given.device)[:, None]
-        if position_ids.shape[-1] < self.width or bool(((given != begin + steps) & real).any()):
+        counted = torch.zeros(self.batch, self.packing.longest, dtype=torch.bool)
+        if position_ids.shape in ((1, self.width), (self.batch, self.width)):
+            given = self.packing.pack(position_ids.expand(self.batch, -1)).cpu()
+            steps = torch.arange(self.packing.longest)
+            expected = torch.tensor(self.cache.seen)[:, None] + steps
+            counted = (given == expected) | (steps >= torch.tensor(self.packing.lengths)[:, None])
+        if not counted.all():
             raise ValueError(
                 "`position_ids` do not count each row's tokens from where its memory stands. Leave them out: a Hope model "
                 "counts by itself. For several documents in one row, give each its own row."
             )
 
-    def mark(self, learn_mask: torch.Tensor | None) -> None:
-        """Mark the call's tokens to be learned from: all, or where `learn_mask`, `[batch, width]`, is nonzero."""
-        if learn_mask is None:
-            self.coming = [torch.ones_like(coming) for coming in self.coming]
-            return
-        if learn_mask.shape != (self.batch, self.width):
+    def mark(self, learn: bool, learn_mask: torch.Tensor | None) -> None:
+        """Mark the call's tokens to be learned from, if any: all, or where `learn_mask`, `[batch, width]`, is nonzero."""
+        if learn_mask is not None and learn_mask.shape != (self.batch, self.width):
             raise ValueError(
                 f"`learn_mask` has shape {tuple(learn_mask.shape)}, the tokens {(self.batch, self.width)}: give one entry for each."
             )
+        if not learn or self.ids is None:
+            return
+        if learn_mask is None:
+            self.coming = [torch.ones_like(coming) for coming in self.coming]
+            return
         packed = self.packing.pack(learn_mask).bool().cpu()
         self.coming = [packed[row, :length] for row, length in enumerate(self.packing.lengths)]
 
@@ -364,7 +383,9 @@ class Stream:
         self._advance(run)
         return run
 
-    def learn(self, rows: list[int], stretches: list[Stretch], head: nn.Module, hidden_states: bool) -> Run:
+    def learn(
+        self, rows: list[int], stretches: list[Stretch], head: nn.Module, keep_logits: bool, hidden_states: bool
+    ) -> Run:
         """
         Let rows read to the end of their open segments, and learn from those.
 
@@ -372,6 +393,11 @@ class Stream:
         may have been read in earlier calls, and the work at a segment's end is that of one segment.
         """
         config, cache = self.model.config, self.cache
+        if torch.is_grad_enabled() and _reentrant(self.model):
+            raise ValueError(
+                "`gradient_checkpointing_kwargs={'use_reentrant': True}` cannot take the gradients that learning needs: "
+                "give {'use_reentrant': False}."
+            )
         segment = config.segment_length
         assert segment is not None
         offsets, lengths = [self.offsets[row] for row in rows], [stretches[row].length for row in rows]
@@ -403,7 +429,7 @@ class Stream:
             hidden, logits = hidden.detach(), logits.detach()
             states = [state.detach() if state is not None else None for state in states]
         run = Run(rows, offsets, lengths, _tails(hidden, lengths))
-        run.logits = _tails(logits, lengths)
+        run.logits = _tails(logits, lengths) if keep_logits else None
         run.hidden_states = [_tails(layer.detach() if constant else layer, lengths) for layer in layers or []]
         self._keep(rows, states)
         self._advance(run)
@@ -418,14 +444,15 @@ class Stream:
         for row in range(self.batch):
             act(self.model, self.cache, row)
 
-    def close(self) -> None:
-        """Make the call's work the caller's."""
-        if self.given is None:
-            self.cache.columns = self.width
-            return
+    def close(self) -> HopeCache:
+        """Make the call's work the caller's, once nothing can fail any more."""
         self.cache.detach()
+        self.cache.columns += self.width
+        self.cache.model = weakref.ref(self.head_of)
+        if self.given is None:
+            return self.cache
         self.given.assign(self.cache)
-        self.given.columns += self.width
+        return self.given
 
     def _embeds(self, rows: list[int], offsets: list[int], width: int) -> torch.Tensor:
         """The next `width` embeddings of the rows, `[rows, width, hidden_size]`."""
@@ -558,7 +585,7 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
             input_ids: `[batch, width]` int64, the tokens to read. Or `inputs_embeds`, `[batch, width, hidden_size]`,
                 which are read but, being no tokens, are no targets to learn from.
             attention_mask: `[batch, width]`, or over everything read and the new tokens; 0 where padded. Padding may
-                be anywhere.
+                be anywhere, and a row that has read something may sit a call out.
             position_ids: accepted when they count each row's tokens, as the model does by itself.
             past_key_values: the memory to read with, changed by the call.
             labels: `[batch, width]` int64 for a loss as Llama's; -100 where there is none.
@@ -577,66 +604,72 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         """
         if learn not in (None, *LEARN):
             raise ValueError(f"`learn` must be one of {', '.join(map(repr, LEARN))}, got {learn!r}.")
-        if labels is not None and input_ids is not None and labels.shape != input_ids.shape:
-            raise ValueError(
-                f"`labels` has shape {tuple(labels.shape)}, `input_ids` {tuple(input_ids.shape)}: give one label for each token."
-            )
-        stream = Stream(self.model, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, kwargs)
-        if self._learns(learn) and stream.ids is not None:
-            stream.mark(learn_mask)
+        check_options(kwargs)
+        check_attentions(self.config, output_attentions)
+        stream = Stream(self.model, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        stream.head_of = self
+        if labels is not None:
+            check_labels(labels, stream.batch, stream.width, self.config.vocab_size, logits_to_keep)
+        stream.mark(self._learns(learn), learn_mask)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         stretches = stream.stretches()
-        one_run = not any(stretch.learn for stretch in stretches) and all(
-            stretch.length == length for stretch, length in zip(stretches, stream.packing.lengths, strict=True)
-        )
+        one_run = stream.in_one_run(stretches)
         if output_attentions and not one_run:
             raise ValueError("`output_attentions` needs a call in which nothing is learned: give learn='off'.")
         stream.keep = past_key_values is not None or use_cache or not one_run
+        all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
 
         runs: list[Run] = []
         while True:
             learning = [row for row, stretch in enumerate(stretches) if stretch.learn]
             reading = [row for row, stretch in enumerate(stretches) if not stretch.learn]
             if learning:
-                runs.append(stream.learn(learning, stretches, self.lm_head, bool(output_hidden_states)))
+                runs.append(stream.learn(learning, stretches, self.lm_head, all_logits, bool(output_hidden_states)))
             if reading and (not learning or any(stretches[row].length for row in reading)):
                 runs.append(stream.read(reading, stretches, bool(output_hidden_states), bool(output_attentions)))
             stream.act()
             if stream.finished:
                 break
             stretches = stream.stretches()
-        stream.close()
-
-        logits = self._logits(runs, stream, logits_to_keep)
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if all_logits:
+            # Those that learning has made already are used again.
+            parts = [self.lm_head(run.hidden) if run.logits is None else run.logits for run in runs]
+            packed = self._assemble(runs, parts, stream)
+            logits = stream.packing.unpack(packed)
+            if labels is not None:
+                loss = self._loss(packed, labels, stream.packing, **kwargs)
+        else:
+            hidden = stream.packing.unpack(self._assemble(runs, [run.hidden for run in runs], stream))
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
         all_hidden = None
         if output_hidden_states:
             layers = zip(*(run.hidden_states for run in runs), strict=True)
             all_hidden = tuple(stream.packing.unpack(self._assemble(runs, list(parts), stream)) for parts in layers)
+        memory = stream.close() if past_key_values is not None or use_cache else None
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=stream.given or (stream.cache if use_cache else None),
+            past_key_values=memory,
             hidden_states=all_hidden,
             attentions=tuple(runs[0].attentions) if output_attentions else None,
         )
         return output.to_tuple() if self.model._as_tuple(return_dict) else output
 
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, packing: Packing, **kwargs: Any) -> torch.Tensor:
+        """Transformers' loss on packed rows: a token is predicted from the one before it, whatever pads lie between."""
+        real = torch.arange(packing.longest, device=labels.device)
+        real = real < torch.tensor(packing.lengths, device=labels.device)[:, None]
+        labels = packing.pack(labels).masked_fill(~real, -100)
+        return self.loss_function(
+            logits=logits.contiguous(), labels=labels, vocab_size=self.config.vocab_size, **kwargs
+        )
+
     def _learns(self, learn: str | None) -> bool:
         if learn is not None:
             return learn != "off"
         return self.config.cms_training != "static" if self.training else self.config.cms_learning
-
-    def _logits(self, runs: list[Run], stream: Stream, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-        """Those that learning has made already are used again, when all are wanted."""
-        if isinstance(logits_to_keep, int) and logits_to_keep == 0:
-            parts = [self.lm_head(run.hidden) if run.logits is None else run.logits for run in runs]
-            return stream.packing.unpack(self._assemble(runs, parts, stream))
-        hidden = stream.packing.unpack(self._assemble(runs, [run.hidden for run in runs], stream))
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return self.lm_head(hidden[:, kept])
 
     def _assemble(self, runs: list[Run], parts: list[torch.Tensor], stream: Stream) -> torch.Tensor:
         return assemble(runs, parts, stream.batch, stream.packing.longest)
@@ -654,6 +687,32 @@ def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
         )
 
 
+def check_labels(
+    labels: torch.Tensor, batch: int, width: int, vocab_size: int, logits_to_keep: int | torch.Tensor
+) -> None:
+    """Raise `ValueError` for labels that no loss can be taken of."""
+    if labels.shape != (batch, width):
+        raise ValueError(f"`labels` has shape {tuple(labels.shape)}, the tokens {(batch, width)}: give one for each.")
+    if not isinstance(logits_to_keep, int) or logits_to_keep != 0:
+        raise ValueError("`labels` need the logits of all tokens: leave out `logits_to_keep`.")
+    if not torch.compiler.is_compiling() and bool(((labels != -100) & ((labels < 0) | (labels >= vocab_size))).any()):
+        raise ValueError(f"`labels` must lie between 0 and vocab_size - 1 = {vocab_size - 1}, or be -100 for none.")
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raise `TypeError` for an argument that nothing reads: a misspelt one would be lost without a word."""
+    unknown = set(options) - set(TransformersKwargs.__optional_keys__) - IGNORED_OPTIONS
+    if unknown:
+        raise TypeError(f"forward() got an unexpected argument `{sorted(unknown)[0]}`.")
+
+
+def check_attentions(config: HopeConfig, output_attentions: bool | None) -> None:
+    if output_attentions and config._attn_implementation != "eager":
+        raise ValueError(
+            f"`output_attentions` needs attn_implementation='eager'; {config._attn_implementation!r} makes no weights to return."
+        )
+
+
 def check_mask(mask: torch.Tensor | None, batch: int, width: int, cache: HopeCache | None) -> torch.Tensor | None:
     """The part of the mask that is about the new tokens, `[batch, width]`."""
     if mask is None:
@@ -667,11 +726,18 @@ def check_mask(mask: torch.Tensor | None, batch: int, width: int, cache: HopeCac
     return mask[:, -width:]
 
 
+def _reentrant(model: HopeModel) -> bool:
+    checkpoint = getattr(model.layers[0], "_gradient_checkpointing_func", None)
+    if not (model.training and model.layers[0].gradient_checkpointing and checkpoint is not None):
+        return False
+    return bool(getattr(checkpoint, "keywords", {}).get("use_reentrant", False))
+
+
 def _tails(tensor: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     """The last `lengths` columns of each row, moved to the left, `[rows, max(lengths), ...]`."""
     width = tensor.shape[1]
     if len(set(lengths)) == 1:
-        return tensor[:, width - lengths[0] :]
+        return tensor[:, width - lengths[0] :].contiguous()
     tails = tensor.new_zeros(tensor.shape[0], max(lengths), *tensor.shape[2:])
     for row, length in enumerate(lengths):
         tails[row, :length] = tensor[row, width - length :]

@@ -68,15 +68,14 @@ class SlowHope:
         q = self.rotate(q, position)
         sliding = c.layer_types[layer] == "sliding_attention"
         # Sinks move along with the window, in blocks of a quarter of it.
-        moved = max(0, position - position % max(c.sliding_window // 4, 1) - c.sliding_window - c.attention_sinks)
-        in_view = [
-            p for p in range(position + 1) if not sliding or position - p < c.sliding_window or p < c.attention_sinks
-        ]
+        window = c.sliding_window if sliding else position + 1
+        moved = max(0, position - position % max(window // 4, 1) - window - c.attention_sinks)
+        in_view = [p for p in range(position + 1) if position - p < window or p < c.attention_sinks]
         outputs = []
         for head in range(c.num_attention_heads):
             group = head * c.num_key_value_heads // c.num_attention_heads
             keys = [self.keys[layer][p][group] for p in in_view]
-            if sliding and moved:
+            if moved:
                 keys = [
                     self.rotate(k, moved) if p < c.attention_sinks else k for k, p in zip(keys, in_view, strict=True)
                 ]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from modeling_hope import HopeCache
+from modeling_hope.fast_weights import LevelMemory
 
 from .conftest import assert_same_memory, random_ids, tiny_model
 
@@ -60,6 +61,41 @@ def test_reset(model):
     torch.testing.assert_close(read(model, memory, random_ids(2, 11)), first)
 
 
+def test_reset_of_levels_and_to(model):
+    memory = HopeCache(model.config)
+    read(model, memory, random_ids(1, 17))
+    memory.reset(levels=[0])
+    norms = [level["change_norm"] for level in memory.summary()["rows"][0]["levels"]]
+    assert norms[0] == 0 < norms[1] and memory.seen == [17] and memory.rows[0].pairs[0] == 0
+    with pytest.raises(ValueError, match="levels"):
+        memory.reset(levels=[3])
+    assert memory.to("cpu") is memory
+    assert read(model, memory, random_ids(1, 9)).isfinite().all()
+
+
+def test_bytes_count_all_that_is_held():
+    model = tiny_model(dtype=torch.float32)
+    memory = HopeCache(model.config)
+    read(model, memory, random_ids(1, 8))
+    read(model, memory, random_ids(1, 1))  # with sums of slow weights and changes
+    changes = sum(t.nbytes for name, t in memory.tensors().items() if ".change." in name)
+    others = sum(t.nbytes for name, t in memory.tensors().items() if ".change." not in name)
+    assert changes and memory.nbytes() >= 2 * changes + others
+
+
+def test_a_slow_weight_changed_in_place_is_seen():
+    model = tiny_model()
+    memory = HopeCache(model.config)
+    read(model, memory, random_ids(1, 8))
+    read(model, memory.clone(), random_ids(1, 1))  # makes sums of slow weights and changes
+    fresh = memory.clone()
+    for layer in fresh.layers:
+        layer.levels = {level: [LevelMemory(m.change) for m in memories] for level, memories in layer.levels.items()}
+    with torch.no_grad():
+        model.model.layers[0].cms.levels[0].up_proj.weight.mul_(1.5)
+    torch.testing.assert_close(read(model, memory, random_ids(1, 1)), read(model, fresh, random_ids(1, 1)))
+
+
 def test_summary():
     model = tiny_model(cms_surprise_threshold=3.5)
     memory = HopeCache(model.config)
@@ -112,10 +148,13 @@ def test_a_pending_token_and_embeddings_are_saved(tmp_path):
 def test_another_dtype_of_the_model_reads_it_and_another_model_does_not(model, tmp_path):
     memory = HopeCache(model.config)
     read(model, memory, random_ids(1, 9))
-    memory.save_pretrained(tmp_path, model=model)
+    memory.save_pretrained(tmp_path)  # the model it was used with is the one it belongs to
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         cast = tiny_model().to(dtype)
-        assert HopeCache.from_pretrained(tmp_path, model=cast).seen == [9]
+        with torch.inference_mode():
+            loaded = HopeCache.from_pretrained(tmp_path, model=cast)
+            loaded.select([0, 0])
+        assert read(cast, loaded, random_ids(2, 9)).isfinite().all() and loaded.seen == [18, 18]
     with pytest.raises(ValueError, match="other weights"):
         HopeCache.from_pretrained(tmp_path, model=tiny_model(seed=1))
     with pytest.raises(ValueError, match="cms_periods"):

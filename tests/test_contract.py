@@ -18,7 +18,12 @@ CONFIGS = [
     {"cms_variant": "independent", "cms_aggregation": "gated", "cms_optimizer": "momentum"},
     {"cms_variant": "independent", "cms_aggregation": "attention", "cms_fast_weights": "down_proj"},
     {"cms_optimizer": "dgd", "cms_learning_rates": 0.05, "layer_types": ["sliding_attention"] * 2, "sliding_window": 3},
-    {"cms_levels_per_layer": [[1], [0, 2]], "layer_types": ["full_attention"] * 2, "cms_surprise_threshold": 3.7},
+    {
+        "cms_levels_per_layer": [[1], [0, 2]],
+        "layer_types": ["full_attention"] * 2,
+        "sliding_window": None,
+        "cms_surprise_threshold": 3.7,
+    },
     {"cms_periods": [None], "cms_learning_rates": 0.1},
     {"attn_implementation": "eager"},
 ]

