@@ -1,0 +1,388 @@
+"""One call of a model: what it reads, row by row and stretch by stretch, and what is learned on the way."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from .attention import AttentionState
+from .cache_hope import HopeCache
+from .key_layout import Reading
+from .learning import Stretch, act, gather, gradients, next_stretch, run_weights, segment_loss
+from .packing import Packing
+from .stream_record import NO_TOKEN
+
+
+if TYPE_CHECKING:
+    from .modeling_hope import HopeModel
+
+
+class Run:
+    """
+    What one run of the model gave: `rows` of the batch read `lengths` tokens from `offsets` on in the packed batch.
+
+    `hidden`, `logits` (where they were needed) and the layers' `hidden_states` are `[rows, width, ...]`.
+    """
+
+    def __init__(self, rows: list[int], offsets: list[int], lengths: list[int], hidden: torch.Tensor):
+        self.rows, self.offsets, self.lengths, self.hidden = rows, offsets, lengths, hidden
+        self.logits: torch.Tensor | None = None
+        self.hidden_states: list[torch.Tensor] = []
+        self.attentions: list[torch.Tensor | None] = []
+
+
+def assemble(runs: list[Run], parts: list[torch.Tensor], batch: int, width: int) -> torch.Tensor:
+    """Runs' outputs `[rows, width of the run, ...]` as one packed batch `[batch, width, ...]`, zero where nothing was read."""
+    aligned = all(run.rows == list(range(batch)) and len(set(run.offsets)) == 1 for run in runs)
+    if aligned and all(set(run.lengths) == {part.shape[1]} for run, part in zip(runs, parts, strict=True)):
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    whole = parts[0].new_zeros(batch, width, *parts[0].shape[2:])
+    for run, part in zip(runs, parts, strict=True):
+        for index, (row, offset, length) in enumerate(zip(run.rows, run.offsets, run.lengths, strict=True)):
+            whole[row, offset : offset + length] = part[index, :length]
+    return whole
+
+
+class Stream:
+    """
+    One call: its inputs checked and packed, the memory it reads with, and how far each row has read.
+
+    Attributes:
+        cache: the memory that the call works on. The caller's own takes its place in `close()`, when all has gone well.
+        keep: whether the mixers' states have to be kept: for the caller, or for a later stretch of this call.
+        head_of: the model that was called, which a memory notes as its own.
+    """
+
+    def __init__(
+        self,
+        model: HopeModel,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: HopeCache | None,
+        inputs_embeds: torch.Tensor | None,
+    ):
+        config = model.config
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        assert inputs is not None
+        name, rank = ("input_ids", 2) if input_ids is not None else ("inputs_embeds", 3)
+        if inputs.dim() != rank or inputs.shape[0] == 0 or inputs.shape[1] == 0:
+            raise ValueError(f"`{name}` has shape {tuple(inputs.shape)}: give at least one row of at least one token.")
+        if input_ids is not None:
+            check_ids(input_ids, config.vocab_size)
+        self.model, self.batch, self.width = model, inputs.shape[0], inputs.shape[1]
+        if past_key_values is not None:
+            if not isinstance(past_key_values, HopeCache):
+                raise ValueError(
+                    f"`past_key_values` is a {type(past_key_values).__name__}; a Hope model needs a HopeCache: "
+                    "HopeCache(model.config, batch_size)."
+                )
+            past_key_values.check(config, self.batch)
+        self.given = past_key_values
+        mask = check_mask(attention_mask, self.batch, self.width, past_key_values)
+        self.packing = Packing.from_mask(mask, self.batch, self.width)
+        for row, length in enumerate(self.packing.lengths):
+            if length == 0 and (past_key_values is None or past_key_values.rows[row].seen == 0):
+                raise ValueError(f"`attention_mask` row {row} is all padding: a row needs at least one token.")
+        self.cache = HopeCache(config, self.batch) if past_key_values is None else past_key_values.clone()
+        if position_ids is not None:
+            self._check_positions(position_ids)
+        self.ids = None if input_ids is None else self.packing.pack(input_ids)
+        self.embeds = None if inputs_embeds is None else self.packing.pack(inputs_embeds)
+        self.offsets = [0] * self.batch
+        self.coming = [torch.zeros(length, dtype=torch.bool) for length in self.packing.lengths]
+        self.keep = True
+        self.head_of: nn.Module = model
+
+    def in_one_run(self, stretches: list[Stretch]) -> bool:
+        """Nothing is learned before the end of the call."""
+        lengths = [stretch.length for stretch in stretches]
+        return lengths == self.packing.lengths and not any(stretch.learn for stretch in stretches)
+
+    def _check_positions(self, position_ids: torch.Tensor) -> None:
+        counted = torch.zeros(self.batch, self.packing.longest, dtype=torch.bool)
+        if position_ids.shape in ((1, self.width), (self.batch, self.width)):
+            given = self.packing.pack(position_ids.expand(self.batch, -1)).cpu()
+            steps = torch.arange(self.packing.longest)
+            expected = torch.tensor(self.cache.seen)[:, None] + steps
+            counted = (given == expected) | (steps >= torch.tensor(self.packing.lengths)[:, None])
+        if not counted.all():
+            raise ValueError(
+                "`position_ids` do not count each row's tokens from where its memory stands. Leave them out: a Hope model "
+                "counts by itself. For several documents in one row, give each its own row."
+            )
+
+    def mark(self, learn: bool, learn_mask: torch.Tensor | None) -> None:
+        """Mark the call's tokens to be learned from, if any: all, or where `learn_mask`, `[batch, width]`, is nonzero."""
+        if learn_mask is not None and learn_mask.shape != (self.batch, self.width):
+            raise ValueError(
+                f"`learn_mask` has shape {tuple(learn_mask.shape)}, the tokens {(self.batch, self.width)}: give one entry for each."
+            )
+        if not learn or self.ids is None:
+            return
+        if learn_mask is None:
+            self.coming = [torch.ones_like(coming) for coming in self.coming]
+            return
+        packed = self.packing.pack(learn_mask).bool().cpu()
+        self.coming = [packed[row, :length] for row, length in enumerate(self.packing.lengths)]
+
+    @property
+    def finished(self) -> bool:
+        return self.offsets == self.packing.lengths
+
+    def stretches(self) -> list[Stretch]:
+        """What each row reads next."""
+        config = self.model.config
+        return [
+            next_stretch(record, coming[offset:], config)
+            for record, coming, offset in zip(self.cache.rows, self.coming, self.offsets, strict=True)
+        ]
+
+    def read(
+        self, rows: list[int], stretches: list[Stretch], hidden_states: bool = False, attentions: bool = False
+    ) -> Run:
+        """Let rows read on, nothing learned from the run."""
+        offsets = [self.offsets[row] for row in rows]
+        lengths = [stretches[row].length for row in rows]
+        width = max(*lengths, 1)
+        embeds = self._embeds(rows, offsets, width)
+        run = Run(rows, offsets, lengths, embeds)
+        reading = Reading([self.cache.rows[row].seen for row in rows], lengths, width, embeds.device)
+        constant = not torch.is_grad_enabled()
+        run.hidden, states = self.model.run(
+            embeds,
+            reading,
+            self._states(rows),
+            run_weights(self.model, self.cache, rows, learn=False, constant=constant),
+            self.keep,
+            run.hidden_states if hidden_states else None,
+            run.attentions if attentions else None,
+        )
+        self._keep(rows, states)
+        self._advance(run)
+        return run
+
+    def learn(
+        self, rows: list[int], stretches: list[Stretch], head: nn.Module, keep_logits: bool, hidden_states: bool
+    ) -> Run:
+        """
+        Let rows read to the end of their open segments, and learn from those.
+
+        The segment is read from its start, with gradients, in the place of reading its last part alone: its first part
+        may have been read in earlier calls, and the work at a segment's end is that of one segment.
+        """
+        config, cache = self.model.config, self.cache
+        if torch.is_grad_enabled() and _reentrant(self.model):
+            raise ValueError(
+                "`gradient_checkpointing_kwargs={'use_reentrant': True}` cannot take the gradients that learning needs: "
+                "give {'use_reentrant': False}."
+            )
+        segment = config.segment_length
+        assert segment is not None
+        offsets, lengths = [self.offsets[row] for row in rows], [stretches[row].length for row in rows]
+        records = [cache.rows[row] for row in rows]
+        opened = [segment - length for length in lengths]
+        constant = not torch.is_grad_enabled()
+        learn = torch.stack(
+            [
+                torch.cat([record.learn, self.coming[row][offset : offset + length]])
+                for record, row, offset, length in zip(records, rows, offsets, lengths, strict=True)
+            ]
+        )
+        embeds, ids = self._segments(rows, opened, lengths)
+        learn_here = learn.to(embeds.device)
+        weights = run_weights(self.model, cache, rows, learn=True, constant=constant)
+        reading = Reading(
+            [r.seen - o for r, o in zip(records, opened, strict=True)], [segment] * len(rows), segment, embeds.device
+        )
+        layers: list[torch.Tensor] | None = [] if hidden_states else None
+        first = next(index for index, layer in enumerate(weights) if any(level.traced for level in layer.values()))
+        with torch.enable_grad():
+            hidden, states = self.model.run(
+                embeds, reading, self._states(rows), weights, self.keep, layers, grad_from=first if constant else 0
+            )
+            logits = head(hidden)
+            losses = segment_loss(logits, ids, learn_here)
+            found = gradients(losses, weights, learn_here, config, keep_graph=not constant)
+        if constant:
+            hidden, logits = hidden.detach(), logits.detach()
+            states = [state.detach() if state is not None else None for state in states]
+        run = Run(rows, offsets, lengths, _tails(hidden, lengths))
+        run.logits = _tails(logits, lengths) if keep_logits else None
+        run.hidden_states = [_tails(layer.detach() if constant else layer, lengths) for layer in layers or []]
+        self._keep(rows, states)
+        self._advance(run)
+        pairs = learn[:, 1:].sum(1).tolist()
+        for index, (row, loss) in enumerate(zip(rows, losses.detach().tolist(), strict=True)):
+            of_row = [{level: of_rows[index] for level, of_rows in layer.items()} for layer in found]
+            gather(cache, row, loss, pairs[index], of_row, config)
+        return run
+
+    def act(self) -> None:
+        """Let the levels whose periods have ended, row by row, apply what they have gathered."""
+        for row in range(self.batch):
+            act(self.model, self.cache, row)
+
+    def close(self) -> HopeCache:
+        """Make the call's work the caller's, once nothing can fail any more."""
+        self.cache.detach()
+        self.cache.columns += self.width
+        self.cache.model = weakref.ref(self.head_of)
+        if self.given is None:
+            return self.cache
+        self.given.assign(self.cache)
+        return self.given
+
+    def _embeds(self, rows: list[int], offsets: list[int], width: int) -> torch.Tensor:
+        """The next `width` embeddings of the rows, `[rows, width, hidden_size]`."""
+        source = self.ids if self.ids is not None else self.embeds
+        assert source is not None
+        if len(set(offsets)) == 1 and rows == list(range(self.batch)):
+            part = source[:, offsets[0] : offsets[0] + width]
+        else:
+            index = torch.tensor(offsets, device=source.device)[:, None] + torch.arange(width, device=source.device)
+            part = source[torch.tensor(rows, device=source.device)[:, None], index.clamp(max=source.shape[1] - 1)]
+        return self.model.embed_tokens(part) if self.ids is not None else part
+
+    def _segments(self, rows: list[int], opened: list[int], lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings `[rows, segment, hidden_size]` and ids `[rows, segment]` of segments that these rows complete."""
+        ids = torch.stack(
+            [
+                torch.cat([self.cache.rows[row].ids[seen - count :], self._new_ids(row, length)])
+                for row, count, length in zip(rows, opened, lengths, strict=True)
+                for seen in [self.cache.rows[row].seen]
+            ]
+        )
+        known = ids.clamp(min=0)
+        embeds = self.model.embed_tokens(known)
+        if bool((ids == NO_TOKEN).any()):
+            embeds = embeds.clone()
+            for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+                given = self._open_embeds(row, length)
+                if given is not None:
+                    taken = ids[index] == NO_TOKEN
+                    embeds[index, taken] = given[taken]
+        return embeds, known
+
+    def _new_ids(self, row: int, length: int) -> torch.Tensor:
+        offset = self.offsets[row]
+        if self.ids is not None:
+            return self.ids[row, offset : offset + length]
+        assert self.embeds is not None
+        return torch.full((length,), NO_TOKEN, device=self.embeds.device)
+
+    def _open_embeds(self, row: int, length: int) -> torch.Tensor | None:
+        """Embeddings of the open segment and the next `length` tokens, zero for tokens; `None` where all are tokens."""
+        record, offset = self.cache.rows[row], self.offsets[row]
+        if record.embeds is None and self.embeds is None:
+            return None
+        like = self.embeds if self.embeds is not None else record.embeds
+        assert like is not None
+        before = record.embeds if record.embeds is not None else like.new_zeros(len(record.learn), like.shape[-1])
+        if self.embeds is None:
+            return torch.cat([before, like.new_zeros(length, like.shape[-1])])
+        return torch.cat([before, self.embeds[row, offset : offset + length].detach().to(before.dtype)])
+
+    def _states(self, rows: list[int]) -> list[AttentionState | None]:
+        states = [layer.mixer for layer in self.cache.layers]
+        if rows == list(range(self.batch)):
+            return states
+        return [
+            None if state is None else state.select(torch.tensor(rows, device=state.keys.device)) for state in states
+        ]
+
+    def _keep(self, rows: list[int], states: list[AttentionState | None]) -> None:
+        if not self.keep:
+            return
+        for layer, state in zip(self.cache.layers, states, strict=True):
+            assert state is not None
+            if rows == list(range(self.batch)):
+                layer.mixer = state
+                continue
+            index = torch.tensor(rows, device=state.keys.device)
+            if layer.mixer is None:
+                nothing = AttentionState(
+                    *(part.new_zeros(self.batch, part.shape[1], 0, part.shape[3]) for part in state)
+                )
+                layer.mixer = nothing.place(index, state)
+            else:
+                layer.mixer = layer.mixer.place(index, state)
+
+    def _advance(self, run: Run) -> None:
+        """Note what the rows of a run have read."""
+        segment = self.model.config.segment_length
+        for row, offset, length in zip(run.rows, run.offsets, run.lengths, strict=True):
+            record = self.cache.rows[row]
+            embeds = self._open_embeds(row, length)
+            ids = torch.cat([record.ids.to(run.hidden.device), self._new_ids(row, length)])
+            opened = len(ids) % segment if segment is not None else 0
+            learn = torch.cat([record.learn, self.coming[row][offset : offset + length]])
+            self.cache.rows[row] = replace(
+                record,
+                ids=ids,
+                learn=learn[len(learn) - opened :],
+                embeds=None if embeds is None or not opened else embeds[len(embeds) - opened :],
+                pending=None if length else record.pending,
+            )
+            self.offsets[row] = offset + length
+
+
+def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
+    """Raise `ValueError` for ids outside the vocabulary, which would crash or read memory that is not theirs."""
+    if torch.compiler.is_compiling():
+        return
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"`input_ids` must lie between 0 and vocab_size - 1 = {vocab_size - 1}, got {low} to {high}. "
+            "Was the text encoded with this model's tokenizer?"
+        )
+
+
+def check_labels(
+    labels: torch.Tensor, batch: int, width: int, vocab_size: int, logits_to_keep: int | torch.Tensor
+) -> None:
+    """Raise `ValueError` for labels that no loss can be taken of."""
+    if labels.shape != (batch, width):
+        raise ValueError(f"`labels` has shape {tuple(labels.shape)}, the tokens {(batch, width)}: give one for each.")
+    if not isinstance(logits_to_keep, int) or logits_to_keep != 0:
+        raise ValueError("`labels` need the logits of all tokens: leave out `logits_to_keep`.")
+    if not torch.compiler.is_compiling() and bool(((labels != -100) & ((labels < 0) | (labels >= vocab_size))).any()):
+        raise ValueError(f"`labels` must lie between 0 and vocab_size - 1 = {vocab_size - 1}, or be -100 for none.")
+
+
+def check_mask(mask: torch.Tensor | None, batch: int, width: int, cache: HopeCache | None) -> torch.Tensor | None:
+    """The part of the mask that is about the new tokens, `[batch, width]`."""
+    if mask is None:
+        return None
+    columns = cache.columns if cache is not None else 0
+    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (width, columns + width):
+        full = f", or {(batch, columns + width)} with the {columns} columns read before" if columns else ""
+        raise ValueError(
+            f"`attention_mask` has shape {tuple(mask.shape)}: it must be {(batch, width)} as the tokens{full}."
+        )
+    return mask[:, -width:]
+
+
+def _reentrant(model: HopeModel) -> bool:
+    checkpoint = getattr(model.layers[0], "_gradient_checkpointing_func", None)
+    if not (model.training and model.layers[0].gradient_checkpointing and checkpoint is not None):
+        return False
+    return bool(getattr(checkpoint, "keywords", {}).get("use_reentrant", False))
+
+
+def _tails(tensor: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """The last `lengths` columns of each row, moved to the left, `[rows, max(lengths), ...]`."""
+    width = tensor.shape[1]
+    if len(set(lengths)) == 1:
+        return tensor[:, width - lengths[0] :].contiguous()
+    tails = tensor.new_zeros(tensor.shape[0], max(lengths), *tensor.shape[2:])
+    for row, length in enumerate(lengths):
+        tails[row, :length] = tensor[row, width - length :]
+    return tails
