@@ -4,14 +4,15 @@ What learning costs on a real model: reading, decoding, a segment's end, memory,
     python -m modeling_hope.benchmarks.learning_cost MODEL DOCUMENT [--json FILE]
 
 MODEL is a Llama-architecture checkpoint (directory or .gguf), DOCUMENT a text file, which is read again from its start
-when it is too short. Frozen and learning are measured in turns, in one process, and the medians compared.
+when it is too short. Frozen and learning are measured in turns, in one process, and the medians compared. Peak memory is that of
+reading, in a process of its own (Linux).
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -47,8 +48,11 @@ def main() -> None:
     ids = tokenizer(arguments.document.read_text(), return_tensors="pt", verbose=False).input_ids[0]
     model = convert(path, periods=(PERIOD,), learning_rates=RATE, window=WINDOW, check=False)
     if arguments.peak_of:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak of loading
         read(model, ids.repeat(arguments.peak_of // len(ids) + 1)[: arguments.peak_of], learn=True)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        status = Path("/proc/self/status").read_text()
+        print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
         return
 
     figures: dict[str, Any] = {"threads": torch.get_num_threads()}

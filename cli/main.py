@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from huggingface_hub.errors import StrictDataclassError
+
 from . import convert, demo
 
 
@@ -16,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
         print(f"hope: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -111,7 +111,7 @@ def fetch_wheel(requirement: str, directory: Path) -> Path:
         command = [sys.executable, "-m", "pip", "download", *options, requirement]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"pip could not fetch {requirement}:\n{done.stderr.strip()}")
+            raise ValueError(f"pip could not fetch {requirement}:\n{done.stderr.strip()}")
     return next(directory.glob(pattern))
 
 
@@ -120,7 +120,7 @@ def fetch_document(name: str, directory: Path) -> str:
     The text of a document.
 
     Raises:
-        ValueError: no document has that name.
+        ValueError: no document has that name, or pip could not fetch it.
     """
     if name not in DOCUMENTS:
         raise ValueError(f"No document is called {name!r}: there are {', '.join(DOCUMENTS)}.")

@@ -83,8 +83,13 @@ def test_convert(checkpoint, tmp_path, capsys):
     assert "not empty" in capsys.readouterr().err
 
 
-def test_periods():
+def test_periods(checkpoint, tmp_path, capsys):
     assert periods("512, 2048,never") == (512, 2048, None)
+    with pytest.raises(SystemExit):
+        main(["demo", "--periods", "often"])
+    assert "'never'" in capsys.readouterr().err
+    assert main(["convert", str(checkpoint / "model"), str(tmp_path / "out"), "--periods", "8,12"]) == 2
+    assert "cms_periods" in capsys.readouterr().err
 
 
 def test_read_takes_every_loss_before_learning_from_it(checkpoint):
