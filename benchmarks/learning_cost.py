@@ -45,7 +45,7 @@ def main() -> None:
     path = Path(arguments.model)
     gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     tokenizer = AutoTokenizer.from_pretrained(path.parent if gguf else path, **gguf)
-    ids = tokenizer(arguments.document.read_text(), return_tensors="pt", verbose=False).input_ids[0]
+    ids = tokenizer(arguments.document.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[0]
     model = convert(path, periods=(PERIOD,), learning_rates=RATE, window=WINDOW, check=False)
     if arguments.peak_of:
         gc.collect()

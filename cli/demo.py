@@ -80,6 +80,10 @@ def run(arguments: argparse.Namespace) -> None:
     from modeling_hope.conversion import convert
     from modeling_hope.eval.reading import read
 
+    if arguments.parts < 1 or arguments.tokens < arguments.parts + 1:
+        raise ValueError("--parts must be at least 1, and --tokens more than --parts.")
+    if not arguments.prompt.strip():
+        raise ValueError("--prompt is empty.")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     console = Console()
@@ -97,6 +101,10 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source.parent if gguf else source, **gguf)
     # A document longer than the native context is no error: its frozen reading slides too.
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0, : arguments.tokens]
+    if len(ids) <= arguments.parts:
+        raise ValueError(
+            f"--document {arguments.document!r} has {len(ids)} tokens: too few for {arguments.parts} parts."
+        )
     console.print(f"\n[bold]Reading[/] {title}: {len(ids):,} tokens, {torch.get_num_threads()} threads")
 
     def reading(name: str, reader: Any, learn: bool) -> Any:
@@ -188,7 +196,7 @@ def load_document(name: str, directory: Path) -> tuple[str, str]:
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"--document {name!r} is no file, and no document's name: {', '.join(DOCUMENTS)}.")
-    return path.read_text(errors="replace"), path.name
+    return path.read_text(encoding="utf-8", errors="replace"), path.name
 
 
 def progress_bar(console: Any) -> Any:

@@ -18,8 +18,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
-    except (ValueError, StrictDataclassError) as error:
-        print(f"hope: {error}", file=sys.stderr)
+    except (ValueError, OSError, StrictDataclassError) as error:
+        # Of a strict config's error the last line says what is wrong.
+        message = str(error).strip().splitlines()[-1].strip() if isinstance(error, StrictDataclassError) else error
+        print(f"hope: {message}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        print(f"hope: {error}. Install the extra: pip install 'hope-transformers[demo]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -82,8 +82,9 @@ def convert(
     decided = sorted(set(plan.fields) & set(config))
     if decided:
         raise ValueError(f"`{decided[0]}` is decided by `strategy` and `periods`: leave it out.")
+    fields["attention_sinks"] = attention_sinks
     if window is not None:
-        fields |= {"sliding_window": window, "attention_sinks": attention_sinks}
+        fields["sliding_window"] = window
     report = ConversionReport(opened.name, family.model_type, strategy)
     model = _build(HopeConfig(**(fields | config)), dtype)
     _fill(model, opened, family, plan, report)

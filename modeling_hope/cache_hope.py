@@ -91,6 +91,10 @@ class HopeCache(Cache):
         return len(self.rows)
 
     @property
+    def max_batch_size(self) -> int:
+        return self.batch_size
+
+    @property
     def seen(self) -> list[int]:
         """Tokens read, by row."""
         return [row.seen for row in self.rows]

@@ -1,5 +1,6 @@
 """HopeConfig: every choice that makes a Hope model, typed, validated once."""
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -250,6 +251,10 @@ class HopeConfig(PreTrainedConfig):
             raise ValueError(
                 f"`pad_token_id` must lie between 0 and vocab_size - 1 = {self.vocab_size - 1}, got {self.pad_token_id}."
             )
+        if not self.rms_norm_eps >= 0:
+            raise ValueError(f"`rms_norm_eps` must be 0 or more, got {self.rms_norm_eps}.")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"`attention_dropout` must be at least 0 and below 1, got {self.attention_dropout}.")
         if self.attention_sinks < 0:
             raise ValueError(f"`attention_sinks` must be 0 or more, got {self.attention_sinks}.")
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
@@ -277,7 +282,7 @@ class HopeConfig(PreTrainedConfig):
                 )
         if any(size < 1 for size in self.level_intermediate_sizes):
             raise ValueError(f"`intermediate_size` must be at least 1 for every level, got {self.intermediate_size}.")
-        if any(not rate >= 0 for rate in self.level_learning_rates):
+        if any(not 0 <= rate < math.inf for rate in self.level_learning_rates):
             raise ValueError(f"`cms_learning_rates` must be 0 or more, got {self.cms_learning_rates}.")
         if self.cms_learn_rates and any(rate == 0 for rate in self.level_learning_rates):
             raise ValueError(
@@ -288,7 +293,9 @@ class HopeConfig(PreTrainedConfig):
         for name in ("cms_nested_rate", "cms_momentum"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
-        if self.cms_max_update_norm is not None and self.cms_max_update_norm <= 0:
+        if math.isnan(self.cms_surprise_threshold):
+            raise ValueError("`cms_surprise_threshold` must be a number of nats, got nan.")
+        if self.cms_max_update_norm is not None and not self.cms_max_update_norm > 0:
             raise ValueError(
                 f"`cms_max_update_norm` must be above 0, or None for no bound, got {self.cms_max_update_norm}."
             )

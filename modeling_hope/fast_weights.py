@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -35,7 +35,9 @@ class LevelMemory:
     initial: Tensors = field(default_factory=dict)
     gradient: Tensors = field(default_factory=dict)
     momentum: Tensors = field(default_factory=dict)
-    _merged: dict[str, tuple[Any, torch.Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    _merged: dict[str, tuple[torch.Tensor, tuple[int, int], torch.Tensor]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def merged(self, name: str, slow: torch.Tensor) -> torch.Tensor:
         """
@@ -43,15 +45,16 @@ class LevelMemory:
 
         Made again when the slow weight is another or was changed in place; a change through `.data` goes unseen.
         """
-        of = (id(slow), slow.data_ptr(), slow._version)
-        if name not in self._merged or self._merged[name][0] != of:
-            self._merged[name] = (of, (slow + self.change[name]).detach())
-        return self._merged[name][1]
+        state = (slow.data_ptr(), slow._version)
+        known = self._merged.get(name)
+        if known is None or known[0] is not slow or known[1] != state:
+            known = self._merged[name] = (slow, state, (slow + self.change[name]).detach())
+        return known[2]
 
     def tensors(self) -> list[torch.Tensor]:
         """All that it holds in memory, merged weights included."""
         held = [tensor for name in MEMORY_TENSORS for tensor in getattr(self, name).values()]
-        return held + [tensor for _, tensor in self._merged.values()]
+        return held + [merged for _, _, merged in self._merged.values()]
 
     def with_change(self, change: Tensors, **fields: Tensors) -> LevelMemory:
         return replace(self, change=change, _merged={}, **fields)

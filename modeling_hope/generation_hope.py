@@ -92,7 +92,7 @@ class WatchedCriteria(StoppingCriteriaList):
 
 
 class _OfTurn(StoppingCriteria):
-    """Carries the turn to where the stopping criteria are made; stops nothing."""
+    """Carries the turn to where the stopping criteria are made, which nothing else of a call reaches; stops nothing."""
 
     def __init__(self, turn: Turn):
         self.turn = turn
@@ -147,6 +147,7 @@ class HopeGenerationMixin(GenerationMixin):
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         if input_ids is not None and embeds is not None:
             raise ValueError("Give one of `input_ids` and `inputs_embeds`: a Hope model reads everything it is given.")
+        own_words = input_ids is None and embeds is None  # the prompt is the token that waits, or a start token
         if embeds is None:
             input_ids = _prompt(input_ids, given, settings.get("bos_token_id"), self.device)
         use_cache = embeds is not None or settings.get("use_cache") is not False
@@ -160,8 +161,12 @@ class HopeGenerationMixin(GenerationMixin):
         memory.check(self.config, batch)
         mask = kwargs.pop("attention_mask", None)
         if mask is None and input_ids is not None:
-            mask = _mask_of_pads(input_ids, settings.get("pad_token_id"), settings.get("eos_token_id"))
-        turn = new_turn(memory, input_ids, embeds, mask, learn)
+            mask = (
+                None
+                if own_words
+                else _mask_of_pads(input_ids, settings.get("pad_token_id"), settings.get("eos_token_id"))
+            )
+        turn = new_turn(memory, input_ids, embeds, mask, learn, own_words)
 
         work = memory.clone()
         beams = settings.get("num_beams") or 1
@@ -172,7 +177,7 @@ class HopeGenerationMixin(GenerationMixin):
             last = turn.mask.shape[1] - 1
             for start in range(0, last, chunk or max(last, 1)):
                 part = turn.inputs(start, min(start + (chunk or last), last))
-                self(**part, past_key_values=work, logits_to_keep=1)
+                self(**part, past_key_values=work, logits_to_keep=1, idle_rows=True)
             turn.skip(last)
             kwargs["prefill_chunk_size"] = None
         before, last_of_prompt = work.clone(), replace(turn)
@@ -293,9 +298,10 @@ def new_turn(
     embeds: torch.Tensor | None,
     mask: torch.Tensor | None,
     learn: str,
+    own_words: bool = False,
 ) -> Turn:
     """
-    What of the input is new to the memory.
+    What of the input is new to the memory. `own_words`: the ids are the tokens that wait to be read.
 
     Raises:
         ValueError: the ids fit neither as history nor as new tokens, or bring nothing new.
@@ -336,7 +342,7 @@ def new_turn(
             f"`input_ids` row {history.index(True)} repeats what its memory has read and row {disagreeing} does not: "
             "give all rows their history, or all rows new tokens only."
         )
-    if used and not is_history and not covers_history:
+    if used and not is_history and not covers_history and not own_words:
         for index, (ids, record) in enumerate(zip(rows, memory.rows, strict=True)):
             _refuse_half_history(ids, record.ids, index)
     told = []
@@ -348,10 +354,15 @@ def new_turn(
                     f"`input_ids` row {index} repeats the {record.seen} tokens that its memory has read and adds none: give "
                     "at least one new token."
                 )
-            own = record.pending is not None and int(rows[index][0]) == record.pending
+            own = record.pending is not None
+            if own and int(rows[index][0]) != record.pending:
+                raise ValueError(
+                    f"`input_ids` row {index} goes on with {int(rows[index][0])} after what its memory has read, where "
+                    f"{record.pending} was sampled: give the history as it was generated, or the new tokens only."
+                )
         else:
             own = record.pending is not None
-            if own and rows[index].tolist() != [record.pending]:
+            if own and not own_words:
                 rows[index] = F.pad(rows[index], (1, 0), value=record.pending)
         told.append(torch.arange(len(rows[index]), device=inputs.device) >= int(own))
     ids, present = _right_aligned(rows)
@@ -387,8 +398,8 @@ def _refuse_half_history(ids: torch.Tensor, read: torch.Tensor, row: int) -> Non
     if same >= max(LONG_REPETITION, len(read) / 2):
         raise ValueError(
             f"`input_ids` row {row} repeat the first {same} of the {len(read)} tokens that its memory has read, and then "
-            "differ: neither history nor new. Give the new tokens only, or a new memory; a chat template may have "
-            "rendered earlier turns differently."
+            "differ: neither history nor new. A chat template may have rendered earlier turns differently: give the new "
+            "tokens only. If these are, say so by an `attention_mask` that covers the history too."
         )
 
 
@@ -410,8 +421,7 @@ def _prompt(
     if memory is not None and any(memory.seen):
         if any(pending is None for pending in pendings):
             raise ValueError("Give `input_ids`: no sampled token of `past_key_values` waits to be read.")
-        memory_of_told = torch.tensor(pendings, device=device)[:, None]
-        return memory_of_told
+        return torch.tensor(pendings, device=device)[:, None]
     if bos is None:
         raise ValueError("Give `input_ids`: there is no `bos_token_id` to start from.")
     return torch.full((max(len(pendings), 1), 1), bos, device=device)

@@ -85,7 +85,7 @@ class KeyLayout:
 
 
 @dataclass
-class Reading:
+class Span:
     """
     One run of the model: every row reads a stretch of its stream, packed to the left.
 
@@ -200,10 +200,10 @@ class AttentionPlan:
         return keys
 
 
-def _uniform_plan(reading: Reading, layout: KeyLayout) -> AttentionPlan:
-    begin, end = reading.begin[0], reading.end[0]
+def _uniform_plan(span: Span, layout: KeyLayout) -> AttentionPlan:
+    begin, end = span.begin[0], span.end[0]
     cached = layout.count(begin)
-    slots, queries = layout.slots(begin, end).to(reading.device), reading.positions()
+    slots, queries = layout.slots(begin, end).to(span.device), span.positions()
     offset = cached - begin  # from a position to its slot, the sinks aside
     blocks = []
     bounds = [begin, *layout.block_starts(begin, end), end]
@@ -216,9 +216,9 @@ def _uniform_plan(reading: Reading, layout: KeyLayout) -> AttentionPlan:
         if not _plainly_causal(layout, start, stop, len(keys)):
             mask = layout.visible(queries[:, start - begin : stop - begin], keys[None])[:, None]
         blocks.append(Block(start - begin, stop - begin, first, last, sinks, [shift], mask))
-    counts = [cached + reading.width] * len(reading.begin)
-    dropped = cached + reading.width - layout.count(end)
-    return AttentionPlan(layout, cached, blocks, reading.lengths, counts, dropped=dropped)
+    counts = [cached + span.width] * len(span.begin)
+    dropped = cached + span.width - layout.count(end)
+    return AttentionPlan(layout, cached, blocks, span.lengths, counts, dropped=dropped)
 
 
 def _in_front(layout: KeyLayout, oldest: int, moved: bool) -> tuple[int, int]:
@@ -235,34 +235,34 @@ def _plainly_causal(layout: KeyLayout, start: int, stop: int, keys: int) -> bool
     return layout.window is None or keys <= layout.window
 
 
-def _ragged_plan(reading: Reading, layout: KeyLayout) -> AttentionPlan:
-    counts = [layout.count(begin) for begin in reading.begin]
-    cached, positions = max(counts), reading.positions()
-    key_counts = [count + length for count, length in zip(counts, reading.lengths, strict=True)]
+def _ragged_plan(span: Span, layout: KeyLayout) -> AttentionPlan:
+    counts = [layout.count(begin) for begin in span.begin]
+    cached, positions = max(counts), span.positions()
+    key_counts = [count + length for count, length in zip(counts, span.lengths, strict=True)]
     rows, total = len(counts), max(key_counts)
     packed = torch.zeros(rows, total, dtype=torch.int64)
     slots = torch.full((rows, total), -1)
-    kept_counts = [layout.count(end) for end in reading.end]
+    kept_counts = [layout.count(end) for end in span.end]
     kept = torch.zeros(rows, max(kept_counts), dtype=torch.int64)
-    cuts = {0, reading.width}
-    for row, (begin, end, length) in enumerate(zip(reading.begin, reading.end, reading.lengths, strict=True)):
+    cuts = {0, span.width}
+    for row, (begin, end, length) in enumerate(zip(span.begin, span.end, span.lengths, strict=True)):
         count, filled, keep = counts[row], key_counts[row], kept_counts[row]
         packed[row, :filled] = torch.cat([torch.arange(count), torch.arange(cached, cached + length)])
         slots[row, :filled] = layout.slots(begin, end)
         sinks = min(layout.sinks, keep) if filled > keep else 0
         kept[row, :keep] = torch.cat([torch.arange(sinks), torch.arange(filled - keep + sinks, filled)])
         cuts |= {start - begin for start in layout.block_starts(begin, end)}
-    slots = slots.to(reading.device)
+    slots = slots.to(span.device)
     blocks, bounds = [], sorted(cuts)
     for start, stop in pairwise(bounds):
         shifts = [
             layout.shift(begin + start) if start < length else 0
-            for begin, length in zip(reading.begin, reading.lengths, strict=True)
+            for begin, length in zip(span.begin, span.lengths, strict=True)
         ]
-        reaching = [row for row, length in enumerate(reading.lengths) if start < length]
-        offsets = [key_counts[row] - reading.end[row] for row in reaching]  # from a position to its slot
-        begins = [reading.begin[row] + start for row in reaching]
-        ends = [reading.begin[row] + min(stop, reading.lengths[row]) for row in reaching]
+        reaching = [row for row, length in enumerate(span.lengths) if start < length]
+        offsets = [key_counts[row] - span.end[row] for row in reaching]  # from a position to its slot
+        begins = [span.begin[row] + start for row in reaching]
+        ends = [span.begin[row] + min(stop, span.lengths[row]) for row in reaching]
         last = max((end + offset for end, offset in zip(ends, offsets, strict=True)), default=1)
         oldest = 0
         if layout.window is not None and reaching:
@@ -271,8 +271,8 @@ def _ragged_plan(reading: Reading, layout: KeyLayout) -> AttentionPlan:
         seen = torch.cat([slots[:, :sinks], slots[:, first:last]], dim=1)
         mask = layout.visible(positions[:, start:stop], seen)[:, None]
         blocks.append(Block(start, stop, first, last, sinks, shifts, mask))
-    device = reading.device
-    return AttentionPlan(layout, cached, blocks, reading.lengths, key_counts, packed.to(device), kept.to(device))
+    device = span.device
+    return AttentionPlan(layout, cached, blocks, span.lengths, key_counts, packed.to(device), kept.to(device))
 
 
 def _along_slots(keys: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -184,23 +184,30 @@ def act(model: HopeModel, cache: HopeCache, row: int) -> None:
 def _update(model: HopeModel, cache: HopeCache, row: int, level: int) -> None:
     """`Delta <- (1 - decay) Delta - lr clip(gradient / pairs)`; the clip bounds the norm over all layers' gradients."""
     config, record = model.config, cache.rows[row]
+    counts = [count * (index != level) for index, count in enumerate(record.pairs)]
     places = [
         index
         for index, layer in enumerate(cache.layers)
         if layer.levels.get(level) and layer.levels[level][row].gradient
     ]
     scale = 1 / record.pairs[level]
-    if config.cms_max_update_norm is not None:
-        gathered = [g for index in places for g in cache.layers[index].levels[level][row].gradient.values()]
-        norm = scale * _total([gradient.square().sum() for gradient in gathered]) ** 0.5
-        scale *= min(1.0, config.cms_max_update_norm / norm) if norm > 0 else 1.0
+    gathered = [g for index in places for g in cache.layers[index].levels[level][row].gradient.values()]
+    norm = scale * _total([gradient.norm().double().square() for gradient in gathered]) ** 0.5
+    if not math.isfinite(norm):
+        # Each segment's gradient was finite, their sum is not.
+        for index in places:
+            memories = cache.layers[index].levels[level]
+            memories[row] = replace(memories[row], gradient={})
+        cache.rows[row] = replace(record, pairs=tuple(counts), nonfinite=record.nonfinite + 1)
+        return
+    if config.cms_max_update_norm is not None and norm > config.cms_max_update_norm:
+        scale *= config.cms_max_update_norm / norm
     for index in places:
         memories = cache.layers[index].levels[level]
         rate = model.layers[index].cms.learning_rate(level)
         memories[row] = _updated(memories[row], scale, rate, config.level_decays[level], config)
-    at = [count * (index != level) for index, count in enumerate(record.pairs)]
     updates = [count + (index == level) for index, count in enumerate(record.updates)]
-    cache.rows[row] = replace(record, pairs=tuple(at), updates=tuple(updates))
+    cache.rows[row] = replace(record, pairs=tuple(counts), updates=tuple(updates))
 
 
 def _updated(memory: LevelMemory, scale: float, rate: float, decay: float, config: HopeConfig) -> LevelMemory:

@@ -37,6 +37,7 @@ def save_memory(cache: HopeCache, directory: str | os.PathLike[str], model: nn.M
     if model is not None:
         tensors["fingerprint"] = weight_sample(model)
     description = {
+        "dtype": None if model is None else str(next(model.parameters()).dtype),
         "format_version": FORMAT_VERSION,
         "model": cache.memory_fields,
         "columns": cache.columns,
@@ -70,7 +71,8 @@ def load_memory(cache: HopeCache, directory: str | os.PathLike[str], model: Any)
         if differing:
             raise ValueError(f"it belongs to another model: {differing}")
         sample = tensors.pop("fingerprint", None)
-        if sample is not None and not _same_weights(sample, weight_sample(model)):
+        exact = description["dtype"] == str(model.dtype)
+        if sample is not None and not _same_weights(sample, weight_sample(model), exact):
             raise ValueError("it belongs to another model, of the same shape and other weights")
         _fill(cache, description, tensors, model)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -137,14 +139,16 @@ def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
 def weight_sample(model: nn.Module) -> torch.Tensor:
     """A few numbers of every parameter, evenly spaced, `[samples]` float32: tells models of one shape apart."""
     samples = []
-    for _, parameter in sorted(model.named_parameters()):
+    for _, parameter in sorted(getattr(model, "model", model).named_parameters()):  # with or without a head
         flat = parameter.detach().reshape(-1)
         step = max(flat.numel() // SAMPLES_PER_PARAMETER, 1)
         samples.append(flat[::step][:SAMPLES_PER_PARAMETER].float().cpu())
     return torch.cat(samples)
 
 
-def _same_weights(sample: torch.Tensor, other: torch.Tensor) -> bool:
-    # Wide enough for a cast to bfloat16 or float16. A hash of rounded numbers is not: a cast to float16 and back may
-    # round to another bfloat16 than no cast.
-    return sample.shape == other.shape and torch.allclose(sample, other, rtol=2**-7, atol=1e-6)
+def _same_weights(sample: torch.Tensor, other: torch.Tensor, exact: bool) -> bool:
+    if exact or sample.shape != other.shape:
+        return torch.equal(sample, other)
+    # A cast rounds, to bfloat16 by at most 2**-9. A hash of rounded numbers would not do: a cast to float16 on the way
+    # may round to another bfloat16 than none.
+    return torch.allclose(sample, other, rtol=2**-8, atol=1e-6)

@@ -20,14 +20,14 @@ from .configuration_hope import HopeConfig
 from .continuum_memory import HopeAggregation, HopeContinuumMemory, HopeRMSNorm
 from .fast_weights import LevelWeights
 from .generation_hope import HopeGenerationMixin
-from .key_layout import Reading
+from .key_layout import Span
 from .packing import Packing
 from .stream import Run, Stream, assemble, check_labels
 
 
 LEARN = ("all", "prompt", "off")
-# Passed by parts of Transformers to every model.
-IGNORED_OPTIONS = {"cache_position", "token_type_ids"}
+# What parts of Transformers pass to every model: the first is used, the others change nothing.
+KNOWN_OPTIONS = {"num_items_in_batch", "cache_position", "token_type_ids"}
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -68,7 +68,7 @@ class HopeDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         state: AttentionState | None,
-        reading: Reading,
+        span: Span,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         rotary: LlamaRotaryEmbedding,
         weights: dict[int, LevelWeights] | None,
@@ -76,7 +76,7 @@ class HopeDecoderLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, AttentionState | None, torch.Tensor | None]:
         """`[batch, width, hidden_size]` to the same, the mixer's new state, and attention weights where there are any."""
         mixed, state, attention = self.mixer(
-            self.input_layernorm(hidden_states), state, reading, position_embeddings, rotary, keep_state
+            self.input_layernorm(hidden_states), state, span, position_embeddings, rotary, keep_state
         )
         return self.cms(hidden_states + mixed, weights), state, attention
 
@@ -87,7 +87,7 @@ class HopePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HopeDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values", "state", "reading", "weights"]
+    _skip_keys_device_placement = ["past_key_values", "state", "span", "weights"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -185,7 +185,7 @@ class HopeModel(HopePreTrainedModel):
     def run(
         self,
         embeds: torch.Tensor,
-        reading: Reading,
+        span: Span,
         states: list[AttentionState | None],
         weights: list[dict[int, LevelWeights]] | None,
         keep_states: bool,
@@ -198,7 +198,7 @@ class HopeModel(HopePreTrainedModel):
 
         Args:
             embeds: `[rows, width, hidden_size]`.
-            reading: what each row reads.
+            span: what each row reads.
             states: the mixers' states of these rows, by layer.
             weights: by layer and level, the weights of the levels whose rows differ.
             keep_states: whether to return the new states.
@@ -209,7 +209,7 @@ class HopeModel(HopePreTrainedModel):
             The last hidden states `[rows, width, hidden_size]`, normed, and the new states.
         """
         hidden = embeds
-        position_embeddings = self.rotary_emb(hidden, reading.positions().clamp(min=0))
+        position_embeddings = self.rotary_emb(hidden, span.positions().clamp(min=0))
         new_states: list[AttentionState | None] = []
         for index, layer in enumerate(self.layers):
             if hidden_states is not None:
@@ -218,7 +218,7 @@ class HopeModel(HopePreTrainedModel):
                 hidden, state, attention = layer(
                     hidden,
                     states[index],
-                    reading,
+                    span,
                     position_embeddings,
                     self.rotary_emb,
                     weights[index] if weights else None,
@@ -261,6 +261,7 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         learn: str | None = None,
         learn_mask: torch.Tensor | None = None,
+        idle_rows: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """
@@ -280,6 +281,7 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
                 `config.cms_training` decides in `train()` mode, `config.cms_learning` in `eval()` mode. What waits in
                 an open segment from earlier calls is learned when the segment ends, whatever this call says.
             learn_mask: `[batch, width]`, 0 for tokens not to be learned from.
+            idle_rows: accept rows that are all padding even if they have read nothing yet.
 
         Returns:
             `loss`, `logits` `[batch, kept, vocab_size]` (zero where padded), and the memory.
@@ -291,7 +293,7 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
             raise ValueError(f"`learn` must be one of {', '.join(map(repr, LEARN))}, got {learn!r}.")
         check_options(kwargs)
         output_hidden_states, output_attentions = wanted_outputs(self.config, output_hidden_states, output_attentions)
-        stream = Stream(self.model, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        stream = Stream(self.model, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, idle_rows)
         stream.head_of = self
         if labels is not None:
             check_labels(labels, stream.batch, stream.width, self.config.vocab_size, logits_to_keep)
@@ -362,9 +364,11 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
 
 def check_options(options: dict[str, Any]) -> None:
     """Raise `TypeError` for an argument that nothing reads: a misspelt one would be lost without a word."""
-    unknown = set(options) - set(TransformersKwargs.__optional_keys__) - IGNORED_OPTIONS
+    unknown = sorted(set(options) - KNOWN_OPTIONS)
+    if unknown and unknown[0] in TransformersKwargs.__optional_keys__:
+        raise TypeError(f"A Hope model takes no `{unknown[0]}`: documents packed into one row would share one memory.")
     if unknown:
-        raise TypeError(f"forward() got an unexpected argument `{sorted(unknown)[0]}`.")
+        raise TypeError(f"forward() got an unexpected argument `{unknown[0]}`.")
 
 
 def wanted_outputs(config: HopeConfig, hidden_states: bool | None, attentions: bool | None) -> tuple[bool, bool]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from .attention import AttentionState
 from .cache_hope import HopeCache
-from .key_layout import Reading
+from .key_layout import Span
 from .learning import Stretch, act, gather, gradients, next_stretch, run_weights, segment_loss
 from .packing import Packing
 from .stream_record import NO_TOKEN
@@ -65,6 +65,7 @@ class Stream:
         position_ids: torch.Tensor | None,
         past_key_values: HopeCache | None,
         inputs_embeds: torch.Tensor | None,
+        idle_rows: bool = False,
     ):
         config = model.config
         if (input_ids is None) == (inputs_embeds is None):
@@ -76,6 +77,10 @@ class Stream:
             raise ValueError(f"`{name}` has shape {tuple(inputs.shape)}: give at least one row of at least one token.")
         if input_ids is not None:
             check_ids(input_ids, config.vocab_size)
+        elif inputs.shape[-1] != config.hidden_size:
+            raise ValueError(
+                f"`inputs_embeds` has width {inputs.shape[-1]}, the model hidden_size={config.hidden_size}."
+            )
         self.model, self.batch, self.width = model, inputs.shape[0], inputs.shape[1]
         if past_key_values is not None:
             if not isinstance(past_key_values, HopeCache):
@@ -88,13 +93,16 @@ class Stream:
         mask = check_mask(attention_mask, self.batch, self.width, past_key_values)
         self.packing = Packing.from_mask(mask, self.batch, self.width)
         for row, length in enumerate(self.packing.lengths):
-            if length == 0 and (past_key_values is None or past_key_values.rows[row].seen == 0):
+            if length == 0 and not idle_rows and (past_key_values is None or past_key_values.rows[row].seen == 0):
                 raise ValueError(f"`attention_mask` row {row} is all padding: a row needs at least one token.")
         self.cache = HopeCache(config, self.batch) if past_key_values is None else past_key_values.clone()
         if position_ids is not None:
             self._check_positions(position_ids)
         self.ids = None if input_ids is None else self.packing.pack(input_ids)
         self.embeds = None if inputs_embeds is None else self.packing.pack(inputs_embeds)
+        for row, record in enumerate(self.cache.rows):
+            if record.ids.device != inputs.device:
+                self.cache.rows[row] = replace(record, ids=record.ids.to(inputs.device))
         self.offsets = [0] * self.batch
         self.coming = [torch.zeros(length, dtype=torch.bool) for length in self.packing.lengths]
         self.keep = True
@@ -153,11 +161,11 @@ class Stream:
         width = max(*lengths, 1)
         embeds = self._embeds(rows, offsets, width)
         run = Run(rows, offsets, lengths, embeds)
-        reading = Reading([self.cache.rows[row].seen for row in rows], lengths, width, embeds.device)
+        span = Span([self.cache.rows[row].seen for row in rows], lengths, width, embeds.device)
         constant = not torch.is_grad_enabled()
         run.hidden, states = self.model.run(
             embeds,
-            reading,
+            span,
             self._states(rows),
             run_weights(self.model, self.cache, rows, learn=False, constant=constant),
             self.keep,
@@ -198,14 +206,14 @@ class Stream:
         embeds, ids = self._segments(rows, opened, lengths)
         learn_here = learn.to(embeds.device)
         weights = run_weights(self.model, cache, rows, learn=True, constant=constant)
-        reading = Reading(
+        span = Span(
             [r.seen - o for r, o in zip(records, opened, strict=True)], [segment] * len(rows), segment, embeds.device
         )
         layers: list[torch.Tensor] | None = [] if hidden_states else None
         first = next(index for index, layer in enumerate(weights) if any(level.traced for level in layer.values()))
         with torch.enable_grad():
             hidden, states = self.model.run(
-                embeds, reading, self._states(rows), weights, self.keep, layers, grad_from=first if constant else 0
+                embeds, span, self._states(rows), weights, self.keep, layers, grad_from=first if constant else 0
             )
             logits = head(hidden)
             losses = segment_loss(logits, ids, learn_here)
@@ -320,7 +328,7 @@ class Stream:
         for row, offset, length in zip(run.rows, run.offsets, run.lengths, strict=True):
             record = self.cache.rows[row]
             embeds = self._open_embeds(row, length)
-            ids = torch.cat([record.ids.to(run.hidden.device), self._new_ids(row, length)])
+            ids = torch.cat([record.ids, self._new_ids(row, length)])
             opened = len(ids) % segment if segment is not None else 0
             learn = torch.cat([record.learn, self.coming[row][offset : offset + length]])
             self.cache.rows[row] = replace(

@@ -69,8 +69,11 @@ def test_reset_of_levels_and_to(model):
     assert norms[0] == 0 < norms[1] and memory.seen == [17] and memory.rows[0].pairs[0] == 0
     with pytest.raises(ValueError, match="levels"):
         memory.reset(levels=[3])
-    assert memory.to("cpu") is memory
-    assert read(model, memory, random_ids(1, 9)).isfinite().all()
+    assert memory.to("cpu") is memory and read(model, memory, random_ids(1, 9)).isfinite().all()
+    moved = {
+        name: tensor.device.type for name, tensor in memory.to("meta").tensors().items() if not name.endswith("learn")
+    }
+    assert set(moved.values()) == {"meta"} and any("change" in name for name in moved)
 
 
 def test_bytes_count_all_that_is_held():
@@ -155,6 +158,15 @@ def test_another_dtype_of_the_model_reads_it_and_another_model_does_not(model, t
             loaded = HopeCache.from_pretrained(tmp_path, model=cast)
             loaded.select([0, 0])
         assert read(cast, loaded, random_ids(2, 9)).isfinite().all() and loaded.seen == [18, 18]
+    with torch.no_grad():
+        model.model(random_ids(1, 3), past_key_values=memory)
+    memory.save_pretrained(tmp_path)
+    assert HopeCache.from_pretrained(tmp_path, model=model).seen == [12]
+    tuned = tiny_model()
+    for parameter in tuned.parameters():
+        parameter.data *= 1.005
+    with pytest.raises(ValueError, match="other weights"):
+        HopeCache.from_pretrained(tmp_path, model=tuned)
     with pytest.raises(ValueError, match="other weights"):
         HopeCache.from_pretrained(tmp_path, model=tiny_model(seed=1))
     with pytest.raises(ValueError, match="cms_periods"):

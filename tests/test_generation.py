@@ -271,6 +271,50 @@ def test_without_ids(model):
         model.generate(past_key_values=memory_of(model, (random_ids(5), True)), max_new_tokens=2)
 
 
+def test_a_history_that_contradicts_the_last_token_is_refused(model):
+    memory = HopeCache(model.config)
+    output = model.generate(random_ids(1, 6), past_key_values=memory, max_new_tokens=4, do_sample=False)
+    output[0, -1] = (output[0, -1] + 1) % 40
+    with pytest.raises(ValueError, match="was sampled"):
+        model.generate(output, past_key_values=memory, max_new_tokens=2)
+    # A turn that says the same word again adds it.
+    model.generate(torch.tensor([[memory.rows[0].pending]]), past_key_values=memory, max_new_tokens=1, do_sample=False)
+    assert memory.seen == [11]
+
+
+def test_rows_of_very_different_lengths_share_a_prefill(model):
+    ids, mask = random_ids(2, 9), torch.ones(2, 9, dtype=torch.int64)
+    mask[0, :8] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(ids, **options)
+    assert model.generate(ids, prefill_chunk_size=3, **options).tolist() == expected.tolist()
+    alone = model.generate(ids[:1, 8:], max_new_tokens=4, do_sample=False, num_beams=2)
+    assert model.generate(ids, num_beams=2, **options)[0, 9:].tolist() == alone[0, 1:].tolist()
+
+
+def test_two_padded_rows_over_two_turns(model):
+    """One row finishes early; the second turn as new tokens, as history and with a mask over everything."""
+    ids, mask = random_ids(2, 7), torch.ones(2, 7, dtype=torch.int64)
+    mask[0, :3] = 0
+    free = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    first = HopeCache(model.config, 2)
+    output = model.generate(ids, attention_mask=mask, past_key_values=first, eos_token_id=int(free[0, 8]), **options)
+    new = random_ids(2, 4, seed=9) % 39 + 1
+    by_new = model.generate(new, past_key_values=first.clone(), attention_mask=torch.ones(2, 4), **options)[:, 4:]
+    for row in range(2):
+        said = [*first.rows[row].ids.tolist(), first.rows[row].pending]
+        history = torch.cat([torch.tensor(said), new[row]])[None]
+        one = first.clone()
+        one.select([row])
+        ones = torch.ones_like(history)  # a token of the history is the pad
+        by_history = model.generate(history, attention_mask=ones, past_key_values=one, **options)[:, history.shape[1] :]
+        assert by_history[0].tolist() == by_new[row].tolist()
+    wide = torch.ones(2, output.shape[1] + 4)
+    by_mask = model.generate(new, past_key_values=first.clone(), attention_mask=wide, **options)[:, 4:]
+    assert by_mask.tolist() == by_new.tolist()
+
+
 def test_a_memory_without_a_cache_is_refused(model):
     with pytest.raises(ValueError, match="use_cache"):
         model.generate(random_ids(1, 4), past_key_values=HopeCache(model.config), use_cache=False, max_new_tokens=2)

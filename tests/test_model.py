@@ -49,7 +49,9 @@ def test_a_config_of_four_numbers_is_a_sensible_model():
         ({"num_key_value_heads": 3}, "num_attention_heads"),
         ({"intermediate_size": [8, 8]}, "intermediate_size"),
         ({"cms_learning_rates": float("nan")}, "cms_learning_rates"),
-        ({"cms_period": [4]}, "cms_period"),
+        ({"cms_period": [4]}, "cms_period`"),
+        ({"cms_learning_rates": float("inf")}, "cms_learning_rates"),
+        ({"cms_max_update_norm": float("nan")}, "cms_max_update_norm"),
         ({"head_dim": 3}, "head_dim"),
         ({"num_attention_heads": 32, "num_key_value_heads": 2}, "head_dim"),
         ({"hidden_act": "foo"}, "hidden_act"),
@@ -229,8 +231,9 @@ def test_bad_input_is_refused_before_anything_changes():
     with torch.no_grad():
         model(ids, past_key_values=memory)
     before = memory.clone()
-    with pytest.raises(TypeError, match="learning"):
-        model(ids, learning="off")
+    for options, named in ({"learning": "off"}, "learning"), ({"cu_seq_lens_q": ids[0]}, "cu_seq_lens_q"):
+        with pytest.raises(TypeError, match=named):
+            model(ids, **options)
     with pytest.raises(IndexError):
         model(ids, past_key_values=memory, logits_to_keep=torch.tensor([50]))
     other = tiny_model(cms_periods=[4, 12, None])
@@ -256,6 +259,7 @@ def test_bad_input_is_refused_before_anything_changes():
         ({"input_ids": ids, "attention_mask": mask, "position_ids": torch.arange(3)[None]}, "position_ids"),
         ({"input_ids": ids, "output_attentions": True}, "output_attentions"),
         ({"input_ids": ids[:1]}, "2 rows"),
+        ({"inputs_embeds": torch.zeros(2, 9, 8).double()}, "inputs_embeds"),
         ({"input_ids": ids, "position_ids": torch.arange(9)[None]}, "position_ids"),
     ]
     for inputs, named in cases:
