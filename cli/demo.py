@@ -148,6 +148,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     console.print(describe_levels(learning.memory), highlight=False)
     model.save_pretrained(out / "model")
+    tokenizer.save_pretrained(out / "model")
     memory.save_pretrained(out / "memory", model=model)
     recalled = recall(out, prompt)
     same = recalled == answers["after reading, learning"]
