@@ -160,12 +160,8 @@ class HopeGenerationMixin(GenerationMixin):
         memory = given if given is not None else HopeCache(self.config, batch)
         memory.check(self.config, batch)
         mask = kwargs.pop("attention_mask", None)
-        if mask is None and input_ids is not None:
-            mask = (
-                None
-                if own_words
-                else _mask_of_pads(input_ids, settings.get("pad_token_id"), settings.get("eos_token_id"))
-            )
+        if mask is None and input_ids is not None and not own_words:
+            mask = _mask_of_pads(input_ids, settings.get("pad_token_id"), settings.get("eos_token_id"))
         turn = new_turn(memory, input_ids, embeds, mask, learn, own_words)
 
         work = memory.clone()

@@ -326,6 +326,11 @@ def test_prefill_in_chunks(model):
     parts = model.generate(prompt, max_new_tokens=6, do_sample=False, past_key_values=memories[1], prefill_chunk_size=3)
     assert whole.tolist() == parts.tolist()
     assert_same_memory(*memories, **TOLERANCE)
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, prefill_chunk_size=3)
+    by_config = HopeCache(model.config)
+    assert model.generate(prompt, config, past_key_values=by_config).tolist() == whole.tolist()
+    assert_same_memory(by_config, memories[0], **TOLERANCE)
+    assert config.prefill_chunk_size == 3
 
 
 def test_embeddings_as_the_prompt(model):
