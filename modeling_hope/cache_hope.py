@@ -116,19 +116,6 @@ class HopeCache(Cache):
             "before, and go on from that."
         )
 
-    def check(self, config: HopeConfig, batch_size: int) -> None:
-        """Raise `ValueError` unless this memory fits a model of this config and a batch of this size."""
-        differing = differing_fields(self.memory_fields, config.memory_fields)
-        if differing:
-            raise ValueError(
-                f"`past_key_values` is the memory of another model: {differing}. Use a new HopeCache(model.config)."
-            )
-        if batch_size != self.batch_size:
-            raise ValueError(
-                f"`past_key_values` holds {self.batch_size} rows and the batch has {batch_size}: use one row for each, "
-                "or `batch_select_indices` and `batch_repeat_interleave`."
-            )
-
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order; a row may come more than once. Copies no change."""
         with torch.inference_mode(False):
@@ -229,7 +216,7 @@ class HopeCache(Cache):
         """Bytes that the memory takes, sums of slow weights and changes included; what rows share counts once."""
         held = list(self.tensors().values())
         memories = [memory for layer in self.layers for rows in layer.levels.values() for memory in rows]
-        held += [tensor for memory in memories for tensor in memory.tensors()]
+        held += [tensor for memory in memories for tensor in memory.merged_weights()]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
         return sum(storages.values())
 
@@ -286,6 +273,26 @@ class HopeCache(Cache):
             load_memory(cache, directory, model)
         cache.model = weakref.ref(model)
         return cache
+
+
+def check_memory(memory: Any, config: HopeConfig, batch_size: int | None = None) -> HopeCache:
+    """The memory; `ValueError` unless it is one that fits a model of this config and, given, a batch size."""
+    if not isinstance(memory, HopeCache):
+        raise ValueError(
+            f"`past_key_values` is a {type(memory).__name__}; a Hope model needs a HopeCache: "
+            "HopeCache(model.config, batch_size)."
+        )
+    differing = differing_fields(memory.memory_fields, config.memory_fields)
+    if differing:
+        raise ValueError(
+            f"`past_key_values` is the memory of another model: {differing}. Use a new HopeCache(model.config)."
+        )
+    if batch_size not in (None, memory.batch_size):
+        raise ValueError(
+            f"`past_key_values` holds {memory.batch_size} rows and the batch has {batch_size}: use one row for each, "
+            "or `batch_select_indices` and `batch_repeat_interleave`."
+        )
+    return memory
 
 
 __all__ = ["HopeCache"]

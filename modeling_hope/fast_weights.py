@@ -51,10 +51,9 @@ class LevelMemory:
             known = self._merged[name] = (slow, state, (slow + self.change[name]).detach())
         return known[2]
 
-    def tensors(self) -> list[torch.Tensor]:
-        """All that it holds in memory, merged weights included."""
-        held = [tensor for name in MEMORY_TENSORS for tensor in getattr(self, name).values()]
-        return held + [merged for _, _, merged in self._merged.values()]
+    def merged_weights(self) -> list[torch.Tensor]:
+        """The sums made so far: held in memory, and not saved."""
+        return [merged for _, _, merged in self._merged.values()]
 
     def with_change(self, change: Tensors, **fields: Tensors) -> LevelMemory:
         return replace(self, change=change, _merged={}, **fields)

@@ -12,13 +12,15 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.utils import GenerationMixin
 
-from .cache_hope import HopeCache
+from .cache_hope import HopeCache, check_memory
 
 
 if TYPE_CHECKING:
     from .modeling_hope import HopeForCausalLM
 
 
+# What is learned from: everything, what the model is told, or nothing.
+LEARN = ("all", "prompt", "off")
 # As many tokens in common with the start of the history do not come about by chance.
 LONG_REPETITION = 8
 
@@ -132,18 +134,15 @@ class HopeGenerationMixin(GenerationMixin):
         """
         settings = _Settings(kwargs, generation_config, self.generation_config)
         learn = kwargs.pop("learn", None) or settings.get("learn") or ("prompt" if self._learns(None) else "off")
-        if learn not in ("all", "prompt", "off"):
-            raise ValueError(f"`learn` must be one of 'all', 'prompt', 'off', got {learn!r}.")
+        check_learn(learn)
         if settings.get("cache_implementation") not in (None, "dynamic"):
             raise ValueError(
                 f"`cache_implementation={settings.get('cache_implementation')!r}`: a Hope model remembers more than keys and "
                 "values, and needs a HopeCache. Leave it out."
             )
         given, embeds = kwargs.pop("past_key_values", None), kwargs.get("inputs_embeds")
-        if given is not None and not isinstance(given, HopeCache):
-            raise ValueError(
-                f"`past_key_values` is a {type(given).__name__}; a Hope model needs a HopeCache: HopeCache(model.config, batch_size)."
-            )
+        if given is not None:
+            check_memory(given, self.config)
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         if input_ids is not None and embeds is not None:
             raise ValueError("Give one of `input_ids` and `inputs_embeds`: a Hope model reads everything it is given.")
@@ -157,8 +156,7 @@ class HopeGenerationMixin(GenerationMixin):
         prompt = input_ids if input_ids is not None else embeds
         assert prompt is not None
         batch, width = prompt.shape[:2]
-        memory = given if given is not None else HopeCache(self.config, batch)
-        memory.check(self.config, batch)
+        memory = HopeCache(self.config, batch) if given is None else check_memory(given, self.config, batch)
         mask = kwargs.pop("attention_mask", None)
         if mask is None and input_ids is not None and not own_words:
             mask = _mask_of_pads(input_ids, settings.get("pad_token_id"), settings.get("eos_token_id"))
@@ -275,6 +273,12 @@ class HopeGenerationMixin(GenerationMixin):
             k: v for k, v in kwargs.items() if k not in ("position_ids", "token_type_ids", "labels") and v is not None
         }
         return {**passed, **inputs, "past_key_values": past_key_values}
+
+
+def check_learn(learn: str) -> None:
+    """Raise `ValueError` for a policy that there is not."""
+    if learn not in LEARN:
+        raise ValueError(f"`learn` must be one of {', '.join(map(repr, LEARN))}, got {learn!r}.")
 
 
 class _Settings:

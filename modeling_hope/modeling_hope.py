@@ -19,13 +19,12 @@ from .cache_hope import HopeCache
 from .configuration_hope import HopeConfig
 from .continuum_memory import HopeAggregation, HopeContinuumMemory, HopeRMSNorm
 from .fast_weights import LevelWeights
-from .generation_hope import HopeGenerationMixin
+from .generation_hope import HopeGenerationMixin, check_learn
 from .key_layout import Span
 from .packing import Packing
 from .stream import Run, Stream, assemble, check_labels
 
 
-LEARN = ("all", "prompt", "off")
 # What parts of Transformers pass to every model: the first is used, the others change nothing.
 KNOWN_OPTIONS = {"num_items_in_batch", "cache_position", "token_type_ids"}
 
@@ -289,8 +288,8 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         Raises:
             ValueError: an input is impossible; nothing was read or learned.
         """
-        if learn not in (None, *LEARN):
-            raise ValueError(f"`learn` must be one of {', '.join(map(repr, LEARN))}, got {learn!r}.")
+        if learn is not None:
+            check_learn(learn)
         check_options(kwargs)
         output_hidden_states, output_attentions = wanted_outputs(self.config, output_hidden_states, output_attentions)
         stream = Stream(self.model, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, idle_rows)

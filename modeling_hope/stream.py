@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .attention import AttentionState
-from .cache_hope import HopeCache
+from .cache_hope import HopeCache, check_memory
 from .key_layout import Span
 from .learning import Stretch, act, gather, gradients, next_stretch, run_weights, segment_loss
 from .packing import Packing
@@ -83,12 +83,7 @@ class Stream:
             )
         self.model, self.batch, self.width = model, inputs.shape[0], inputs.shape[1]
         if past_key_values is not None:
-            if not isinstance(past_key_values, HopeCache):
-                raise ValueError(
-                    f"`past_key_values` is a {type(past_key_values).__name__}; a Hope model needs a HopeCache: "
-                    "HopeCache(model.config, batch_size)."
-                )
-            past_key_values.check(config, self.batch)
+            check_memory(past_key_values, config, self.batch)
         self.given = past_key_values
         mask = check_mask(attention_mask, self.batch, self.width, past_key_values)
         self.packing = Packing.from_mask(mask, self.batch, self.width)

@@ -346,5 +346,7 @@ def test_stored_caches_of_other_kinds_are_refused(model):
 
     with pytest.raises(ValueError, match="HopeCache"):
         model.generate(random_ids(1, 4), past_key_values=DynamicCache(), max_new_tokens=2)
+    with pytest.raises(ValueError, match="HopeCache"):
+        model.generate(past_key_values=DynamicCache(), max_new_tokens=2)
     with pytest.raises(ValueError, match="cache_implementation"):
         model.generate(random_ids(1, 4), cache_implementation="static", max_new_tokens=2)
