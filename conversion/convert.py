@@ -82,7 +82,10 @@ def convert(
     decided = sorted(set(plan.fields) & set(config))
     if decided:
         raise ValueError(f"`{decided[0]}` is decided by `strategy` and `periods`: leave it out.")
-    fields["attention_sinks"] = attention_sinks
+    fields |= {
+        "attention_sinks": attention_sinks,
+        "layer_types": ["full_attention" if window is None else "sliding_attention"] * opened.config.num_hidden_layers,
+    }
     if window is not None:
         fields["sliding_window"] = window
     report = ConversionReport(opened.name, family.model_type, strategy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,31 +16,17 @@ from transformers.models.llama.modeling_llama import (
 
 from .configuration_hope import HopeConfig
 from .key_layout import AttentionPlan, Block, KeyLayout, Span
+from .mixer_state import MixerState
 
 
-class AttentionState(NamedTuple):
+class AttentionState(MixerState):
     """
     What an attention layer remembers: keys (rotated) and values of the positions in its `KeyLayout`, left-packed.
 
-    Shapes: `[batch, key_value_heads, slots, head_dim]`; slots past a row's count hold nothing of meaning.
+    Tensors `keys` and `values`: `[batch, key_value_heads, slots, head_dim]`.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    def select(self, rows: torch.Tensor) -> AttentionState:
-        """The state of some rows, `[rows]` int64, in that order."""
-        return AttentionState(self.keys.index_select(0, rows), self.values.index_select(0, rows))
-
-    def place(self, rows: torch.Tensor, state: AttentionState) -> AttentionState:
-        """This state with the rows `rows` replaced by those of `state`."""
-        return AttentionState(_place(self.keys, rows, state.keys), _place(self.values, rows, state.values))
-
-    def detach(self) -> AttentionState:
-        return AttentionState(self.keys.detach(), self.values.detach())
-
-    def to(self, device: torch.device) -> AttentionState:
-        return AttentionState(self.keys.to(device), self.values.to(device))
+    growing = frozenset({"keys", "values"})
 
 
 class HopeAttention(LlamaAttention):
@@ -49,6 +35,7 @@ class HopeAttention(LlamaAttention):
     def __init__(self, config: HopeConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.layout = key_layout(config, layer_idx)
+        self.rewinds, self.state_class = True, AttentionState
 
     def forward(
         self,
@@ -82,12 +69,17 @@ class HopeAttention(LlamaAttention):
         plan = span.plan(self.layout, rotary, hidden_states)
         if plan.cached:
             assert state is not None
-            keys = torch.cat([state.keys[:, :, : plan.cached], keys], dim=2)
-            values = torch.cat([state.values[:, :, : plan.cached], values], dim=2)
+            keys = torch.cat([state.tensors["keys"][:, :, : plan.cached], keys], dim=2)
+            values = torch.cat([state.tensors["values"][:, :, : plan.cached], values], dim=2)
         keys, values = plan.pack(keys), plan.pack(values)
         output, weights = attend(self, queries, keys, values, plan)
-        new_state = AttentionState(plan.keep(keys), plan.keep(values)) if keep_state else None
+        new_state = AttentionState(keys=plan.keep(keys), values=plan.keep(values)) if keep_state else None
         return self.o_proj(output.reshape(batch, width, -1)), new_state, weights
+
+    def empty_state(self, batch: int, like: torch.Tensor) -> AttentionState:
+        """Of rows that have read nothing; `like` gives dtype and device."""
+        none = like.new_zeros(batch, self.config.num_key_value_heads, 0, self.head_dim)
+        return AttentionState(keys=none, values=none)
 
 
 def key_layout(config: HopeConfig, layer_idx: int) -> KeyLayout:
@@ -208,10 +200,3 @@ def _flash_attend(
 
 def _offsets(lengths: list[int], device: torch.device) -> torch.Tensor:
     return nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32)
-
-
-def _place(tensor: torch.Tensor, rows: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    slots = max(tensor.shape[2], part.shape[2])
-    tensor = nn.functional.pad(tensor, (0, 0, 0, slots - tensor.shape[2]))
-    part = nn.functional.pad(part, (0, 0, 0, slots - part.shape[2]))
-    return tensor.index_copy(0, rows, part)

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .attention import AttentionState
 from .configuration_hope import HopeConfig
 from .fast_weights import MEMORY_TENSORS, NOTHING_LEARNED, LevelMemory
 from .memory_files import differing_fields, load_memory, save_memory
+from .mixer_state import MixerState
 from .stream_record import StreamRecord
 
 
@@ -25,6 +25,8 @@ class HopeCacheLayer(CacheLayerMixin):
 
     Attributes:
         mixer: the mixer's state, batched; `None` while nothing was read.
+        opened: what it was when each row's open segment began, where a mixer cannot go back to that by itself; `None`
+            while nothing was read, or where nothing is learned.
         levels: by level, what each row has learned.
     """
 
@@ -32,13 +34,22 @@ class HopeCacheLayer(CacheLayerMixin):
 
     def __init__(self, held: Iterable[int] = (), batch: int = 0, **kwargs: Any):
         super().__init__()
-        self.mixer: AttentionState | None = None
+        self.mixer: MixerState | None = None
+        self.opened: MixerState | None = None
         self.levels: dict[int, list[LevelMemory]] = {level: [NOTHING_LEARNED] * batch for level in held}
 
     def select(self, rows: Sequence[int]) -> None:
-        if self.mixer is not None:
-            self.mixer = self.mixer.select(torch.tensor(rows, device=self.mixer.keys.device))
+        self.map_states(lambda state: state.select(torch.tensor(rows, device=state.device)))
         self.levels = {level: [memories[row] for row in rows] for level, memories in self.levels.items()}
+
+    def map_states(self, function: Callable[[MixerState], MixerState]) -> None:
+        """Replace the mixer's states, where there are any."""
+        same = self.opened is self.mixer
+        self.mixer = None if self.mixer is None else function(self.mixer)
+        if same:
+            self.opened = self.mixer
+        else:
+            self.opened = None if self.opened is None else function(self.opened)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: states are made by the mixers."""
@@ -144,7 +155,8 @@ class HopeCache(Cache):
         self.layers: list[HopeCacheLayer] = []
         for layer in other.layers:
             copy = HopeCacheLayer()
-            copy.mixer, copy.levels = layer.mixer, {level: list(rows) for level, rows in layer.levels.items()}
+            copy.mixer, copy.opened = layer.mixer, layer.opened
+            copy.levels = {level: list(rows) for level, rows in layer.levels.items()}
             self.layers.append(copy)
         self.rows, self.columns, self.model = list(other.rows), other.columns, other.model
 
@@ -152,7 +164,7 @@ class HopeCache(Cache):
         """Move the memory, in place; returns it."""
         place = torch.device(device)
         for layer in self.layers:
-            layer.mixer = None if layer.mixer is None else layer.mixer.to(place)
+            layer.map_states(lambda state: state.to(place))
             layer.levels = {level: [memory.to(place) for memory in rows] for level, rows in layer.levels.items()}
         self.rows = [
             replace(row, ids=row.ids.to(place), embeds=None if row.embeds is None else row.embeds.to(place))
@@ -166,7 +178,7 @@ class HopeCache(Cache):
             self._reset_levels(levels)
             return
         for layer in self.layers:
-            layer.mixer = None
+            layer.mixer = layer.opened = None
             layer.levels = {level: [NOTHING_LEARNED] * self.batch_size for level in layer.levels}
         self.rows = [StreamRecord.new(len(self.periods)) for _ in self.rows]
         self.columns = 0
@@ -186,15 +198,15 @@ class HopeCache(Cache):
     def detach(self) -> None:
         """Drop the graph of an outer gradient; a memory that outlives its call must not keep it alive."""
         for layer in self.layers:
-            if layer.mixer is not None:
-                layer.mixer = layer.mixer.detach()
+            layer.map_states(lambda state: state.detach())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """
         Every tensor of the memory, by the name it is saved under:
 
             rows.{row}.ids | learn | embeds
-            layers.{layer}.mixer.{field of the mixer's state}
+            layers.{layer}.mixer.{tensor of the mixer's state}
+            layers.{layer}.opened.{the same, when the open segment began}
             layers.{layer}.levels.{level}.rows.{row}.{change | initial | gradient | momentum}.{map}
         """
         found: dict[str, torch.Tensor] = {}
@@ -203,8 +215,9 @@ class HopeCache(Cache):
             if row.embeds is not None:
                 found[f"rows.{index}.embeds"] = row.embeds
         for index, layer in enumerate(self.layers):
-            if layer.mixer is not None:
-                found |= {f"layers.{index}.mixer.{name}": t for name, t in layer.mixer._asdict().items()}
+            for kind, state in (("mixer", layer.mixer), ("opened", layer.opened)):
+                if state is not None:
+                    found |= {f"layers.{index}.{kind}.{name}": t for name, t in state.tensors.items()}
             for level, memories in layer.levels.items():
                 for row_index, memory in enumerate(memories):
                     place = f"layers.{index}.levels.{level}.rows.{row_index}"

@@ -8,12 +8,17 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 
-MIXERS = ("full_attention", "sliding_attention")
+MIXERS = ("hope_memory", "full_attention", "sliding_attention")
+PROJECTIONS = ("k", "v", "q", "eta", "alpha")
+MEMORY_READS = ("chunk", "token")
+RETENTIONS = ("initial", "zero")
+OBJECTIVES = ("l2", "dot")
 VARIANTS = ("sequential", "nested", "independent")
 AGGREGATIONS = ("sum", "weighted_sum", "gated", "concat", "attention")
 FAST_WEIGHTS = ("all", "down_proj")
 OPTIMIZERS = ("sgd", "momentum", "dgd")
 TRAINING_MODES = ("static", "first_order")
+LARGEST_MEMORY_HEAD = 256  # the widest head that kernels serve
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 PER_LEVEL_FIELDS = ("intermediate_size", "cms_learning_rates", "cms_decay")
@@ -32,6 +37,21 @@ MEMORY_FIELDS = (
     "attention_sinks",
     "rope_parameters",
     "tie_word_embeddings",
+    "num_memory_heads",
+    "memory_head_dim",
+    "memory_hidden_size",
+    "memory_chunk_size",
+    "projection_chunk_size",
+    "memory_read",
+    "adaptive_projections",
+    "memory_retention",
+    "memory_objective",
+    "memory_depth",
+    "memory_max_rate",
+    "memory_delta_decay",
+    "memory_momentum",
+    "memory_weight_decay",
+    "memory_self_values",
     "cms_periods",
     "cms_levels_per_layer",
     "cms_variant",
@@ -54,13 +74,46 @@ class HopeConfig(PreTrainedConfig):
             Hidden units of a level's MLP, one number for all levels or one per level. Unset: a layer's levels together
             have about the parameters of one Llama MLP of this width.
         layer_types (`list[str]`, *optional*):
-            The mixer of each layer, `"full_attention"` or `"sliding_attention"`. Unset: all `"full_attention"`, or all
-            `"sliding_attention"` when `sliding_window` is set.
+            The mixer of each layer: `"hope_memory"` (the self-modifying memory), `"full_attention"` or
+            `"sliding_attention"`. Unset: all `"hope_memory"`, or all `"sliding_attention"` when `sliding_window` is set.
         sliding_window (`int`, *optional*):
             Tokens in view of a sliding-attention layer, the current one included.
         attention_sinks (`int`, defaults to 4):
             First tokens of the stream that stay in view of a sliding window. Without them a window that leaves the
             start behind ruins a pretrained model.
+        num_memory_heads (`int`, *optional*):
+            Heads H of the self-modifying memory. Unset: `num_attention_heads`.
+        memory_head_dim (`int`, *optional*):
+            Width D of a head, at most 256. Unset: `hidden_size // num_memory_heads`, at most 256.
+        memory_hidden_size (`int`, *optional*):
+            Hidden units m of a memory. Unset: `memory_head_dim`.
+        memory_chunk_size (`int`, defaults to 64):
+            Tokens after which the main memory's new weights are used by what is computed from it (Eq. 90).
+        projection_chunk_size (`int`, *optional*):
+            The same for the memories that make keys, values, rates and decays; one of the two is a multiple of the
+            other. Unset: `memory_chunk_size`.
+        memory_read (`str`, defaults to `"token"`):
+            `"token"` reads the main memory as the token before left it; `"chunk"` as the chunk found it (Eq. 86).
+        adaptive_projections (`list[str]`, defaults to `["k", "v", "eta", "alpha"]`):
+            Which of `"k"`, `"v"`, `"q"`, `"eta"`, `"alpha"` are made by memories of their own (Eq. 87). The others are
+            static linear maps.
+        memory_retention (`str`, defaults to `"initial"`):
+            Where decay leads: to the learned `"initial"` weights, or to `"zero"` (the paper).
+        memory_objective (`str`, defaults to `"l2"`):
+            What a memory minimises: `"l2"`, 1/2 |M(k) - v|^2, or `"dot"`, -<M(k), v>.
+        memory_depth (`int`, defaults to 2):
+            2: a memory is a residual MLP (Eq. 89); 1: a matrix.
+        memory_max_rate (`float`, *optional*):
+            b_max, the largest inner rate, at most 2. Above 1 a write may turn a direction's sign, which tracking states
+            needs. Unset: 2, or 1 where the gradient erases as well (depth 1, `"l2"` and the delta term).
+        memory_delta_decay (`bool`, defaults to `True`):
+            The delta term of delta gradient descent: a write erases along its key.
+        memory_momentum (`bool`, defaults to `True`):
+            Momentum from chunk to chunk.
+        memory_weight_decay (`bool`, defaults to `True`):
+            Decay by alpha at every token. Without it no alpha is made.
+        memory_self_values (`bool`, defaults to `True`):
+            Every memory makes its own targets (Eq. 84). `False`: all learn the same values (Eq. 79-82).
         cms_periods (`list[int | None]`, defaults to `[512, 2048, 8192]`):
             Tokens between two updates of each level, fastest first, each a multiple of the one before; `None` for a
             level that never learns at test time. The first is also the length of a segment.
@@ -131,6 +184,21 @@ class HopeConfig(PreTrainedConfig):
     layer_types: list[str] | tuple[str, ...] | None = None
     sliding_window: int | None = None
     attention_sinks: int = 4
+    num_memory_heads: int | None = None
+    memory_head_dim: int | None = None
+    memory_hidden_size: int | None = None
+    memory_chunk_size: int = 64
+    projection_chunk_size: int | None = None
+    memory_read: str = "token"
+    adaptive_projections: list[str] | tuple[str, ...] = ("k", "v", "eta", "alpha")
+    memory_retention: str = "initial"
+    memory_objective: str = "l2"
+    memory_depth: int = 2
+    memory_max_rate: int | float | None = None
+    memory_delta_decay: bool = True
+    memory_momentum: bool = True
+    memory_weight_decay: bool = True
+    memory_self_values: bool = True
     cms_periods: list[int | None] | tuple[int | None, ...] = (512, 2048, 8192)
     cms_levels_per_layer: list[list[int]] | tuple[list[int] | tuple[int, ...], ...] | None = None
     cms_variant: str = "sequential"
@@ -148,10 +216,11 @@ class HopeConfig(PreTrainedConfig):
     cms_training: str = "static"
 
     def __post_init__(self, **kwargs: Any) -> None:
-        unknown = [name for name in kwargs if name.startswith("cms_")]
+        unknown = [name for name in kwargs if name.startswith(("cms_", "memory_"))]
         if unknown:
             raise ValueError(
-                f"HopeConfig has no field `{unknown[0]}`; see its documentation for those that start with cms_."
+                f"HopeConfig has no field `{unknown[0]}`; see its documentation for those that start with "
+                f"{unknown[0].split('_')[0]}_."
             )
         self.complete()
         super().__post_init__(**kwargs)
@@ -165,9 +234,22 @@ class HopeConfig(PreTrainedConfig):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
         if self.layer_types is None:
-            mixer = "full_attention" if self.sliding_window is None else "sliding_attention"
+            mixer = "hope_memory" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [mixer] * self.num_hidden_layers
         self.layer_types = list(self.layer_types)
+        if self.num_memory_heads is None:
+            self.num_memory_heads = self.num_attention_heads
+        if self.memory_head_dim is None:
+            self.memory_head_dim = min(self.hidden_size // max(self.num_memory_heads, 1), LARGEST_MEMORY_HEAD)
+        if self.memory_hidden_size is None:
+            self.memory_hidden_size = self.memory_head_dim
+        if self.projection_chunk_size is None:
+            self.projection_chunk_size = self.memory_chunk_size
+        if self.memory_max_rate is None:
+            self.memory_max_rate = 1.0 if self.memory_erases_twice else 2.0
+        self.adaptive_projections = [name for name in PROJECTIONS if name in self.adaptive_projections] + [
+            name for name in self.adaptive_projections if name not in PROJECTIONS
+        ]
         if self.cms_levels_per_layer is None:
             self.cms_levels_per_layer = [list(range(levels)) for _ in range(self.num_hidden_layers)]
         self.cms_levels_per_layer = [list(held) for held in self.cms_levels_per_layer]
@@ -177,6 +259,11 @@ class HopeConfig(PreTrainedConfig):
         for name in PER_LEVEL_FIELDS:
             if isinstance(getattr(self, name), tuple):
                 setattr(self, name, list(getattr(self, name)))
+
+    @property
+    def memory_erases_twice(self) -> bool:
+        """The delta term erases along a key, and so does the gradient: of a matrix, under `"l2"`."""
+        return self.memory_depth == 1 and self.memory_objective == "l2" and self.memory_delta_decay
 
     @property
     def segment_length(self) -> int | None:
@@ -192,6 +279,11 @@ class HopeConfig(PreTrainedConfig):
             for level, (period, rate) in enumerate(zip(self.cms_periods, self.level_learning_rates, strict=True))
             if level in held and period is not None and (self.cms_learn_rates or rate != 0)
         ]
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether the open segment can be read again from its start without a copy of the state it began with."""
+        return "hope_memory" not in (self.layer_types or []) or not self.learning_levels
 
     @property
     def level_intermediate_sizes(self) -> list[int]:
@@ -262,6 +354,44 @@ class HopeConfig(PreTrainedConfig):
             raise ValueError(
                 f"`rope_parameters` has rope_type {rope_type!r}, whose angles depend on the length of the call: the same "
                 "text read in one call or in several would give different outputs. Use 'default', 'linear', 'yarn' or 'llama3'."
+            )
+
+    def validate_self_modifying_memory(self) -> None:
+        """Part of the strict validation of Transformers' configs."""
+        for name in (
+            "num_memory_heads",
+            "memory_head_dim",
+            "memory_hidden_size",
+            "memory_chunk_size",
+            "projection_chunk_size",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.memory_head_dim > LARGEST_MEMORY_HEAD:  # type: ignore[operator]
+            raise ValueError(
+                f"`memory_head_dim` must be at most {LARGEST_MEMORY_HEAD}, got {self.memory_head_dim}: use more heads."
+            )
+        if self.memory_depth not in (1, 2):
+            raise ValueError(f"`memory_depth` must be 1 (a matrix) or 2 (a residual MLP), got {self.memory_depth}.")
+        _one_of("memory_read", self.memory_read, MEMORY_READS)
+        _one_of("memory_retention", self.memory_retention, RETENTIONS)
+        _one_of("memory_objective", self.memory_objective, OBJECTIVES)
+        for name in self.adaptive_projections:
+            _one_of("adaptive_projections", name, PROJECTIONS)
+        chunks = (self.memory_chunk_size, self.projection_chunk_size)
+        if max(chunks) % min(chunks):  # type: ignore[type-var]
+            raise ValueError(
+                f"`memory_chunk_size` ({chunks[0]}) and `projection_chunk_size` ({chunks[1]}): one must be a multiple of "
+                "the other."
+            )
+        if not 0 < self.memory_max_rate <= 2:  # type: ignore[operator]
+            raise ValueError(
+                f"`memory_max_rate` must be above 0 and at most 2, beyond which a write amplifies, got {self.memory_max_rate}."
+            )
+        if self.memory_erases_twice and self.memory_max_rate > 1:  # type: ignore[operator]
+            raise ValueError(
+                f"`memory_max_rate` must be at most 1 with memory_depth=1, memory_objective='l2' and memory_delta_decay: the "
+                f"gradient and the delta term both erase, and together would amplify; got {self.memory_max_rate}."
             )
 
     def validate_continuum_memory(self) -> None:

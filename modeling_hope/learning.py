@@ -62,6 +62,17 @@ def next_stretch(record: StreamRecord, coming: torch.Tensor, config: HopeConfig)
     return Stretch(total)
 
 
+def to_last_segment(seen: int, length: int, config: HopeConfig) -> int:
+    """
+    Tokens to the start of the segment in which a stretch ends, or all where it starts in that segment.
+
+    That segment may be read again, and mixers that cannot go back need their states from there.
+    """
+    assert config.segment_length is not None
+    start = (seen + length) // config.segment_length * config.segment_length
+    return start - seen if seen < start else length
+
+
 def run_weights(model: HopeModel, cache: HopeCache, rows: Sequence[int], learn: bool, constant: bool) -> RunWeights:
     """
     The weights with which the levels run for these rows of the memory.

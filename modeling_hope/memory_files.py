@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .attention import AttentionState
 from .fast_weights import LEARNED_MAPS, MEMORY_TENSORS, LevelMemory, Tensors
 from .stream_record import StreamRecord
 
@@ -99,10 +98,12 @@ def _fill(cache: HopeCache, description: dict[str, Any], tensors: Tensors, model
     wide = torch.promote_types(model.dtype, torch.float32)
     for index, (layer, decoder_layer) in enumerate(zip(cache.layers, model.model.layers, strict=True)):
         place = next(decoder_layer.parameters()).device
-        names = [f"layers.{index}.mixer.{name}" for name in AttentionState._fields]
-        if names[0] in tensors:
-            # A model keeps its memory when it is cast.
-            layer.mixer = AttentionState(*(tensors.pop(name).to(place, model.dtype) for name in names))
+        for kind in ("mixer", "opened"):
+            prefix = f"layers.{index}.{kind}."
+            state = {name[len(prefix) :]: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+            if state:
+                # A model keeps its memory when it is cast.
+                setattr(layer, kind, decoder_layer.mixer.state_class(**state).to(place, model.dtype))
         for level in layer.levels:
             mlp = decoder_layer.cms.level(level)
             shapes = {name: (getattr(mlp, name).out_features, getattr(mlp, name).in_features) for name in maps}

@@ -14,19 +14,26 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import TransformersKwargs
 
-from .attention import AttentionState, HopeAttention
+from .attention import HopeAttention
 from .cache_hope import HopeCache
 from .configuration_hope import HopeConfig
-from .continuum_memory import HopeAggregation, HopeContinuumMemory, HopeRMSNorm
+from .continuum_memory import HopeContinuumMemory, HopeRMSNorm
 from .fast_weights import LevelWeights
 from .generation_hope import HopeGenerationMixin, check_learn
 from .key_layout import Span
+from .mixer_state import MixerState
 from .packing import Packing
-from .stream import Run, Stream, assemble, check_labels
+from .self_modifying_memory import SelfModifyingMemory
+from .stream import Run, Stream, check_labels
 
 
 # What parts of Transformers pass to every model: the first is used, the others change nothing.
 KNOWN_OPTIONS = {"num_items_in_batch", "cache_position", "token_type_ids"}
+
+TWO_RUNS = (
+    "`output_attentions`: this call is read in two runs, for the memory keeps what its last segment began with. Give "
+    "use_cache=False and no memory."
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -60,19 +67,20 @@ class HopeDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: HopeConfig, layer_idx: int):
         super().__init__()
         self.input_layernorm = HopeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mixer = HopeAttention(config, layer_idx)
+        kind = SelfModifyingMemory if config.layer_types[layer_idx] == "hope_memory" else HopeAttention  # type: ignore[index]
+        self.mixer = kind(config, layer_idx)
         self.cms = HopeContinuumMemory(config, layer_idx)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        state: AttentionState | None,
+        state: MixerState | None,
         span: Span,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         rotary: LlamaRotaryEmbedding,
         weights: dict[int, LevelWeights] | None,
         keep_state: bool,
-    ) -> tuple[torch.Tensor, AttentionState | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, MixerState | None, torch.Tensor | None]:
         """`[batch, width, hidden_size]` to the same, the mixer's new state, and attention weights where there are any."""
         mixed, state, attention = self.mixer(
             self.input_layernorm(hidden_states), state, span, position_embeddings, rotary, keep_state
@@ -100,7 +108,7 @@ class HopePreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, HopeAggregation | HopeContinuumMemory):
+        if hasattr(module, "initialise"):
             module.initialise()
 
 
@@ -161,20 +169,25 @@ class HopeModel(HopePreTrainedModel):
         check_options(kwargs)
         output_hidden_states, output_attentions = wanted_outputs(self.config, output_hidden_states, output_attentions)
         stream = Stream(self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-        stretches = stream.stretches()
-        if not stream.in_one_run(stretches):
+        if stream.learns():
             raise ValueError(
                 "`past_key_values` holds tokens to be learned from, and their segment or period ends in this call: a "
                 f"{type(self).__name__} has no next-token loss to learn from. Read on with HopeForCausalLM."
             )
         use_cache = self.config.use_cache if use_cache is None else use_cache
         stream.keep = past_key_values is not None or use_cache
-        run = stream.read(list(range(stream.batch)), stretches, output_hidden_states, output_attentions)
+        runs = []
+        while not runs or not stream.finished:
+            stretches = stream.stretches()
+            reading = [row for row, stretch in enumerate(stretches) if stretch.length or not runs]
+            runs.append(stream.read(reading, stretches, output_hidden_states, output_attentions))
+        if output_attentions and len(runs) > 1:
+            raise ValueError(TWO_RUNS)
         output = BaseModelOutputWithPast(
-            last_hidden_state=stream.packing.unpack(run.hidden),
+            last_hidden_state=stream.whole(runs, [run.hidden for run in runs]),
             past_key_values=stream.close() if stream.keep else None,
-            hidden_states=tuple(map(stream.packing.unpack, run.hidden_states)) if output_hidden_states else None,
-            attentions=tuple(run.attentions) if output_attentions else None,
+            hidden_states=stream.hidden_states(runs) if output_hidden_states else None,
+            attentions=tuple(runs[0].attentions) if output_attentions else None,
         )
         return output.to_tuple() if self._as_tuple(return_dict) else output
 
@@ -185,13 +198,13 @@ class HopeModel(HopePreTrainedModel):
         self,
         embeds: torch.Tensor,
         span: Span,
-        states: list[AttentionState | None],
+        states: list[MixerState | None],
         weights: list[dict[int, LevelWeights]] | None,
         keep_states: bool,
         hidden_states: list[torch.Tensor] | None = None,
         attentions: list[torch.Tensor | None] | None = None,
         grad_from: int = 0,
-    ) -> tuple[torch.Tensor, list[AttentionState | None]]:
+    ) -> tuple[torch.Tensor, list[MixerState | None]]:
         """
         All layers over one stretch of every row. No state is kept: what the rows had comes in, what they have goes out.
 
@@ -209,7 +222,7 @@ class HopeModel(HopePreTrainedModel):
         """
         hidden = embeds
         position_embeddings = self.rotary_emb(hidden, span.positions().clamp(min=0))
-        new_states: list[AttentionState | None] = []
+        new_states: list[MixerState | None] = []
         for index, layer in enumerate(self.layers):
             if hidden_states is not None:
                 hidden_states.append(hidden)
@@ -298,47 +311,42 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
             check_labels(labels, stream.batch, stream.width, self.config.vocab_size, logits_to_keep)
         stream.mark(self._learns(learn), learn_mask)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        stretches = stream.stretches()
-        one_run = stream.in_one_run(stretches)
-        if output_attentions and not one_run:
+        learns = stream.learns()
+        if output_attentions and learns:
             raise ValueError("`output_attentions` needs a call in which nothing is learned: give learn='off'.")
-        stream.keep = past_key_values is not None or use_cache or not one_run
+        stream.keep = past_key_values is not None or use_cache or learns
         all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
 
         runs: list[Run] = []
-        while True:
+        while not runs or not stream.finished:
+            stretches = stream.stretches()
             learning = [row for row, stretch in enumerate(stretches) if stretch.learn]
             reading = [row for row, stretch in enumerate(stretches) if not stretch.learn]
             if learning:
                 runs.append(stream.learn(learning, stretches, self.lm_head, all_logits, output_hidden_states))
-            if reading and (not learning or any(stretches[row].length for row in reading)):
+            if any(stretches[row].length for row in reading) or not learning:
                 runs.append(stream.read(reading, stretches, output_hidden_states, output_attentions))
             stream.act()
-            if stream.finished:
-                break
-            stretches = stream.stretches()
+        if output_attentions and len(runs) > 1:
+            raise ValueError(TWO_RUNS)
         loss = None
         if all_logits:
             # Those that learning has made already are used again.
             parts = [self.lm_head(run.hidden) if run.logits is None else run.logits for run in runs]
-            packed = self._assemble(runs, parts, stream)
+            packed = stream.assemble(runs, parts)
             logits = stream.packing.unpack(packed)
             if labels is not None:
                 loss = self._loss(packed, labels, stream.packing, **kwargs)
         else:
-            hidden = stream.packing.unpack(self._assemble(runs, [run.hidden for run in runs], stream))
+            hidden = stream.whole(runs, [run.hidden for run in runs])
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
-        all_hidden = None
-        if output_hidden_states:
-            layers = zip(*(run.hidden_states for run in runs), strict=True)
-            all_hidden = tuple(stream.packing.unpack(self._assemble(runs, list(parts), stream)) for parts in layers)
         memory = stream.close() if past_key_values is not None or use_cache else None
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=memory,
-            hidden_states=all_hidden,
+            hidden_states=stream.hidden_states(runs) if output_hidden_states else None,
             attentions=tuple(runs[0].attentions) if output_attentions else None,
         )
         return output.to_tuple() if self.model._as_tuple(return_dict) else output
@@ -356,9 +364,6 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         if learn is not None:
             return learn != "off"
         return self.config.cms_training != "static" if self.training else self.config.cms_learning
-
-    def _assemble(self, runs: list[Run], parts: list[torch.Tensor], stream: Stream) -> torch.Tensor:
-        return assemble(runs, parts, stream.batch, stream.packing.longest)
 
 
 def check_options(options: dict[str, Any]) -> None:

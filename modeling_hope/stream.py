@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .attention import AttentionState
 from .cache_hope import HopeCache, check_memory
 from .key_layout import Span
-from .learning import Stretch, act, gather, gradients, next_stretch, run_weights, segment_loss
+from .learning import Stretch, act, gather, gradients, next_stretch, run_weights, segment_loss, to_last_segment
+from .mixer_state import MixerState
 from .packing import Packing
 from .stream_record import NO_TOKEN
 
@@ -33,18 +33,6 @@ class Run:
         self.logits: torch.Tensor | None = None
         self.hidden_states: list[torch.Tensor] = []
         self.attentions: list[torch.Tensor | None] = []
-
-
-def assemble(runs: list[Run], parts: list[torch.Tensor], batch: int, width: int) -> torch.Tensor:
-    """Runs' outputs `[rows, width of the run, ...]` as one packed batch `[batch, width, ...]`, zero where nothing was read."""
-    aligned = all(run.rows == list(range(batch)) and len(set(run.offsets)) == 1 for run in runs)
-    if aligned and all(set(run.lengths) == {part.shape[1]} for run, part in zip(runs, parts, strict=True)):
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-    whole = parts[0].new_zeros(batch, width, *parts[0].shape[2:])
-    for run, part in zip(runs, parts, strict=True):
-        for index, (row, offset, length) in enumerate(zip(run.rows, run.offsets, run.lengths, strict=True)):
-            whole[row, offset : offset + length] = part[index, :length]
-    return whole
 
 
 class Stream:
@@ -103,10 +91,13 @@ class Stream:
         self.keep = True
         self.head_of: nn.Module = model
 
-    def in_one_run(self, stretches: list[Stretch]) -> bool:
-        """Nothing is learned before the end of the call."""
-        lengths = [stretch.length for stretch in stretches]
-        return lengths == self.packing.lengths and not any(stretch.learn for stretch in stretches)
+    def learns(self) -> bool:
+        """Whether something is learned or applied before the end of the call."""
+        stretches = [
+            next_stretch(record, coming, self.model.config)
+            for record, coming in zip(self.cache.rows, self.coming, strict=True)
+        ]
+        return stretches != [Stretch(length) for length in self.packing.lengths]
 
     def _check_positions(self, position_ids: torch.Tensor) -> None:
         counted = torch.zeros(self.batch, self.packing.longest, dtype=torch.bool)
@@ -140,11 +131,17 @@ class Stream:
         return self.offsets == self.packing.lengths
 
     def stretches(self) -> list[Stretch]:
-        """What each row reads next."""
+        """What each row reads before something is learned or applied, or before the open segment that it will leave."""
         config = self.model.config
-        return [
+        stretches = [
             next_stretch(record, coming[offset:], config)
             for record, coming, offset in zip(self.cache.rows, self.coming, self.offsets, strict=True)
+        ]
+        if not self.keep or config.rewinds:
+            return stretches
+        return [
+            stretch if stretch.learn else Stretch(to_last_segment(record.seen, stretch.length, config))
+            for record, stretch in zip(self.cache.rows, stretches, strict=True)
         ]
 
     def read(
@@ -169,6 +166,7 @@ class Stream:
         )
         self._keep(rows, states)
         self._advance(run)
+        self._open_segments()
         return run
 
     def learn(
@@ -208,7 +206,13 @@ class Stream:
         first = next(index for index, layer in enumerate(weights) if any(level.traced for level in layer.values()))
         with torch.enable_grad():
             hidden, states = self.model.run(
-                embeds, span, self._states(rows), weights, self.keep, layers, grad_from=first if constant else 0
+                embeds,
+                span,
+                self._states(rows, opened=True),
+                weights,
+                self.keep,
+                layers,
+                grad_from=first if constant else 0,
             )
             logits = head(hidden)
             losses = segment_loss(logits, ids, learn_here)
@@ -221,6 +225,7 @@ class Stream:
         run.hidden_states = [_tails(layer.detach() if constant else layer, lengths) for layer in layers or []]
         self._keep(rows, states)
         self._advance(run)
+        self._open_segments()
         pairs = learn[:, 1:].sum(1).tolist()
         for index, (row, loss) in enumerate(zip(rows, losses.detach().tolist(), strict=True)):
             of_row = [{level: of_rows[index] for level, of_rows in layer.items()} for layer in found]
@@ -231,6 +236,25 @@ class Stream:
         """Let the levels whose periods have ended, row by row, apply what they have gathered."""
         for row in range(self.batch):
             act(self.model, self.cache, row)
+
+    def assemble(self, runs: list[Run], parts: list[torch.Tensor]) -> torch.Tensor:
+        """Runs' outputs `[rows, width of the run, ...]` as one packed batch, zero where nothing was read."""
+        aligned = all(run.rows == list(range(self.batch)) and len(set(run.offsets)) == 1 for run in runs)
+        if aligned and all(set(run.lengths) == {part.shape[1]} for run, part in zip(runs, parts, strict=True)):
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        whole = parts[0].new_zeros(self.batch, self.packing.longest, *parts[0].shape[2:])
+        for run, part in zip(runs, parts, strict=True):
+            for index, (row, offset, length) in enumerate(zip(run.rows, run.offsets, run.lengths, strict=True)):
+                whole[row, offset : offset + length] = part[index, :length]
+        return whole
+
+    def whole(self, runs: list[Run], parts: list[torch.Tensor]) -> torch.Tensor:
+        """Runs' outputs as the caller's batch, `[batch, width, ...]`, zero where padded."""
+        return self.packing.unpack(self.assemble(runs, parts))
+
+    def hidden_states(self, runs: list[Run]) -> tuple[torch.Tensor, ...]:
+        """Every layer's, as the caller's batch."""
+        return tuple(self.whole(runs, list(parts)) for parts in zip(*(run.hidden_states for run in runs), strict=True))
 
     def close(self) -> HopeCache:
         """Make the call's work the caller's, once nothing can fail any more."""
@@ -292,30 +316,45 @@ class Stream:
             return torch.cat([before, like.new_zeros(length, like.shape[-1])])
         return torch.cat([before, self.embeds[row, offset : offset + length].detach().to(before.dtype)])
 
-    def _states(self, rows: list[int]) -> list[AttentionState | None]:
-        states = [layer.mixer for layer in self.cache.layers]
+    def _states(self, rows: list[int], opened: bool = False) -> list[MixerState | None]:
+        """The mixers' states of some rows; `opened`: as they were when the open segments began, or can go back to."""
+        states = [
+            cache_layer.opened if opened and not layer.mixer.rewinds else cache_layer.mixer
+            for cache_layer, layer in zip(self.cache.layers, self.model.layers, strict=True)
+        ]
         if rows == list(range(self.batch)):
             return states
-        return [
-            None if state is None else state.select(torch.tensor(rows, device=state.keys.device)) for state in states
-        ]
+        return [None if state is None else state.select(torch.tensor(rows, device=state.device)) for state in states]
 
-    def _keep(self, rows: list[int], states: list[AttentionState | None]) -> None:
+    def _keep(self, rows: list[int], states: list[MixerState | None]) -> None:
         if not self.keep:
             return
-        for layer, state in zip(self.cache.layers, states, strict=True):
+        for cache_layer, layer, state in zip(self.cache.layers, self.model.layers, states, strict=True):
             assert state is not None
             if rows == list(range(self.batch)):
-                layer.mixer = state
+                cache_layer.mixer = state
                 continue
-            index = torch.tensor(rows, device=state.keys.device)
-            if layer.mixer is None:
-                nothing = AttentionState(
-                    *(part.new_zeros(self.batch, part.shape[1], 0, part.shape[3]) for part in state)
-                )
-                layer.mixer = nothing.place(index, state)
-            else:
-                layer.mixer = layer.mixer.place(index, state)
+            before = cache_layer.mixer or layer.mixer.empty_state(self.batch, self.model.embed_tokens.weight)
+            cache_layer.mixer = before.place(torch.tensor(rows, device=state.device), state)
+
+    def _open_segments(self) -> None:
+        """Note the states of rows that stand at the start of a segment, which will be read again from there."""
+        config = self.model.config
+        if not self.keep or config.rewinds:
+            return
+        starting = [row for row, record in enumerate(self.cache.rows) if record.seen % config.segment_length == 0]
+        for cache_layer, layer in zip(self.cache.layers, self.model.layers, strict=True):
+            state = cache_layer.mixer
+            if layer.mixer.rewinds or state is None:
+                continue
+            if len(starting) == self.batch:
+                cache_layer.opened = state
+                continue
+            if cache_layer.opened is None:
+                cache_layer.opened = layer.mixer.empty_state(self.batch, self.model.embed_tokens.weight)
+            if starting:
+                index = torch.tensor(starting, device=state.device)
+                cache_layer.opened = cache_layer.opened.place(index, state.select(index))
 
     def _advance(self, run: Run) -> None:
         """Note what the rows of a run have read."""

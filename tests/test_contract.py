@@ -8,9 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_hope import HopeCache
+from modeling_hope.self_modifying_memory import SelfModifyingMemory
 
 from .conftest import TINY, assert_same_memory, random_ids, tiny_model
 
+
+MEMORY = {"layer_types": ["hope_memory"] * 2, "sliding_window": None, "num_memory_heads": 2, "memory_hidden_size": 5}
 
 CONFIGS = [
     {},
@@ -26,6 +29,11 @@ CONFIGS = [
     },
     {"cms_periods": [None], "cms_learning_rates": 0.1},
     {"attn_implementation": "eager"},
+    {**MEMORY, "memory_chunk_size": 3},
+    {**MEMORY, "memory_chunk_size": 2, "projection_chunk_size": 4, "memory_read": "chunk", "cms_optimizer": "momentum"},
+    {**MEMORY, "memory_chunk_size": 6, "projection_chunk_size": 3, "adaptive_projections": ["k", "q"]},
+    {"layer_types": ["hope_memory", "sliding_attention"], "memory_chunk_size": 5, "memory_retention": "zero"},
+    {**MEMORY, "memory_chunk_size": 4, "cms_periods": [None], "cms_learning_rates": 0.1},
 ]
 
 
@@ -63,8 +71,17 @@ def row_of(memory, row):
 def used_slots(memory, model):
     """The memory without the unused slots of a padded batch of keys."""
     for layer, decoder in zip(memory.layers, model.model.layers, strict=True):
-        count = decoder.mixer.layout.count(memory.seen[0])
-        layer.mixer = type(layer.mixer)(*(part[:, :, :count] for part in layer.mixer))
+        for kind in ("mixer", "opened"):
+            state, seen = getattr(layer, kind), memory.seen[0]
+            if state is None:
+                continue
+            if isinstance(decoder.mixer, SelfModifyingMemory):
+                begin = seen if kind == "mixer" else seen - seen % model.config.segment_length
+                count = begin % decoder.mixer.chunk_size
+            else:
+                count = decoder.mixer.layout.count(seen)
+            tensors = {n: t[:, :, :count] if n in state.growing else t for n, t in state.tensors.items()}
+            setattr(layer, kind, type(state)(**tensors))
     return memory
 
 

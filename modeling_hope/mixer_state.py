@@ -1,0 +1,55 @@
+"""What a mixer remembers of a batch of streams: tensors that are passed in and out, never kept on a module."""
+
+from __future__ import annotations
+
+from typing import ClassVar, TypeVar
+
+import torch
+from torch.nn import functional as F
+
+
+State = TypeVar("State", bound="MixerState")
+
+
+class MixerState:
+    """
+    Tensors by name, rows first. Never changed in place, so rows and forks may share them.
+
+    Class attributes:
+        growing: names of tensors whose last-but-one axis has as many slots as the rows need, left-packed; slots past
+            a row's count hold nothing of meaning.
+    """
+
+    growing: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, **tensors: torch.Tensor):
+        self.tensors = tensors
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
+
+    def select(self: State, rows: torch.Tensor) -> State:
+        """The state of some rows, `[rows]` int64, in that order."""
+        return self._map(lambda tensor: tensor.index_select(0, rows))
+
+    def place(self: State, rows: torch.Tensor, state: State) -> State:
+        """This state with the rows `rows` replaced by those of `state`."""
+        placed = {}
+        for name, tensor in self.tensors.items():
+            part = state.tensors[name]
+            if name in self.growing:
+                slots = max(tensor.shape[-2], part.shape[-2])
+                tensor, part = (F.pad(t, (0, 0, 0, slots - t.shape[-2])) for t in (tensor, part))
+            placed[name] = tensor.index_copy(0, rows, part)
+        return type(self)(**placed)
+
+    def detach(self: State) -> State:
+        return self._map(torch.Tensor.detach)
+
+    def to(self: State, device: torch.device, dtype: torch.dtype | None = None) -> State:
+        """On a device, and for a model of another dtype."""
+        return self._map(lambda tensor: tensor.to(device, dtype))
+
+    def _map(self: State, function) -> State:  # type: ignore[no-untyped-def]
+        return type(self)(**{name: function(tensor) for name, tensor in self.tensors.items()})
