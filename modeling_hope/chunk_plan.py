@@ -69,8 +69,14 @@ class ChunkPlan:
         """Of `[batch, width + new tokens, hidden]` the last `width` real ones of each row."""
         return _window(inputs, self.span.lengths, width)
 
-    def whole(self, index: int) -> bool | torch.Tensor | None:
-        """Which rows fill a chunk: all, `[batch]` bool, or `None` for none."""
+    def whole(self, index: int, keep_state: bool) -> bool | torch.Tensor | None:
+        """
+        Which rows fill a chunk, so that it is written: all, `[batch]` bool, or `None` for none.
+
+        What the last one would write is for a kept state only.
+        """
+        if not keep_state and (index + 1) * self.size >= self.columns:
+            return None
         filled = [count >= (index + 1) * self.size for count in self.counts]
         if all(filled):
             return True

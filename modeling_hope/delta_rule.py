@@ -1,17 +1,23 @@
 """
 The gated delta rule over one chunk, in parallel form: the operation that writes every fast weight (Eq. 88).
 
-For a state W `[out, in]`, unit keys k_t, rates b_t and decays alpha_t, a chunk of C tokens does
+For a state W `[out, in]`, keys k_t, rates b_t and decays alpha_t, a chunk of C tokens does
 
-    W_t = alpha_t (W_{t-1} - u_t k_t^T) + (1 - alpha_t) R,     u_t = b_t (W_{t-1} k_t + g_t)
+    W_t = alpha_t (W_{t-1} - u_t k_t^T) + (1 - alpha_t) R,     u_t = e_t W_{t-1} k_t + b_t g_t
 
-(eta_t = alpha_t b_t of Eq. 88). With Lambda_t = alpha_1 ... alpha_t all u_t of a chunk solve one unit-triangular system:
+(eta_t = alpha_t b_t of Eq. 88; e_t = b_t / |k_t|^2 makes the delta term erase along the unit key). With
+Lambda_t = alpha_1 ... alpha_t, the u_t of a chunk solve one unit-triangular system,
 
-    u_t + b_t sum_{s<t} (Lambda_{t-1} / Lambda_{s-1}) <k_s, k_t> u_s
-        = b_t (g_t + Lambda_{t-1} W_0 k_t + (1 - Lambda_{t-1}) R k_t)
+    u_t + e_t sum_{s<t} (Lambda_{t-1} / Lambda_{s-1}) <k_s, k_t> u_s = f_t
+    f_t = b_t g_t + e_t (Lambda_{t-1} W_0 k_t + (1 - Lambda_{t-1}) R k_t)
 
-Tokens are columns, `[..., features, C]`, so that everything reads as the equations do. Decays are differences of logs,
-masked before `exp`: nothing is divided by a decay.
+With tokens as columns this is U (I + A) = F, A strictly upper triangular, and the state at the chunk's end is
+
+    W_C = Lambda_C W_0 + (1 - Lambda_C) R - F [(I + A)^-1 K_C^T],     K_C the keys decayed to the chunk's end.
+
+Decays are differences of logs, masked before `exp`: nothing is divided by a decay.
+
+Shapes: G rows times heads, n states that differ in their keys, C tokens.
 """
 
 from __future__ import annotations
@@ -23,13 +29,13 @@ import torch
 
 class Decay(NamedTuple):
     """
-    What decay does within a chunk; all of it at most 1. `heads` stands for rows times heads.
+    What decay does within a chunk; all of it at most 1.
 
     Attributes:
-        between: `[heads, 1, C, C]`, Lambda_{t-1} / Lambda_{s-1} at [s, t] for s < t, 0 elsewhere.
-        before: `[heads, 1, 1, C]`, Lambda_{t-1}: from the chunk's start to before token t.
-        after: `[heads, 1, 1, C]`, Lambda_C / Lambda_{s-1}: from the write at token s to the chunk's end.
-        whole: `[heads, 1, 1, 1]`, Lambda_C.
+        between: `[G, 1, C, C]`, Lambda_{t-1} / Lambda_{s-1} at [s, t] for s < t, 0 elsewhere.
+        before: `[G, 1, 1, C]`, Lambda_{t-1}: from the chunk's start to before token t.
+        after: `[G, 1, 1, C]`, Lambda_C / Lambda_{s-1}: from the write at token s to the chunk's end.
+        whole: `[G, 1, 1, 1]`, Lambda_C.
     """
 
     between: torch.Tensor
@@ -38,8 +44,23 @@ class Decay(NamedTuple):
     whole: torch.Tensor
 
 
+class Write(NamedTuple):
+    """
+    What a chunk does to a state.
+
+    Attributes:
+        state: W_C, `[G, n, out, in]`; `None` where it was not asked for.
+        sums: the same for what the gradients alone have written, `-sum_t eta_t g_t k_t^T` carried to the chunk's end.
+        tokens: u_t of the first `out / memories` rows of the first state, `[G, 1, rows, C]`; for reads within the chunk.
+    """
+
+    state: torch.Tensor | None
+    sums: torch.Tensor | None
+    tokens: torch.Tensor | None
+
+
 def decay_of(log_alpha: torch.Tensor) -> Decay:
-    """`log_alpha`: `[heads, C]`, at most 0; 0 at padded tokens."""
+    """`log_alpha`: `[G, C]`, at most 0; 0 at padded tokens."""
     total = log_alpha.cumsum(-1)
     before = total - log_alpha
     size = log_alpha.shape[-1]
@@ -51,73 +72,87 @@ def decay_of(log_alpha: torch.Tensor) -> Decay:
     )
 
 
-def erasure(keys: torch.Tensor, rates: torch.Tensor, decay: Decay) -> torch.Tensor:
-    """
-    The inverse of the unit-triangular system, `[heads, n, C, C]`, upper triangular.
-
-    Args:
-        keys: `[heads, n, in, C]`, units.
-        rates: b, `[heads, 1, 1, C]`; 0 at padded tokens.
-    """
-    system = (keys.mT @ keys) * (decay.between * rates)
-    identity = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device).expand_as(system)
-    return torch.linalg.solve_triangular(system, identity, upper=True, unitriangular=True)
+def inverse(coupled: torch.Tensor) -> torch.Tensor:
+    """(I + A)^-1 of strictly upper triangular A, `[..., C, C]`."""
+    identity = torch.eye(coupled.shape[-1], dtype=coupled.dtype, device=coupled.device).expand_as(coupled)
+    # From the right it takes half the time.
+    return torch.linalg.solve_triangular(coupled, identity, upper=True, unitriangular=True, left=False)
 
 
-def writes(
+def delta_chunk(
+    state: torch.Tensor,
+    rest: torch.Tensor | None,
+    keys: torch.Tensor,
     gradients: torch.Tensor,
+    recalled: torch.Tensor,
     rates: torch.Tensor,
+    erasing: torch.Tensor | None,
     decay: Decay,
-    erase: torch.Tensor | None,
-    recalled: torch.Tensor | None,
-    rest_recalled: torch.Tensor | None,
-) -> torch.Tensor:
+    *,
+    ends: bool = True,
+    momentum: bool = False,
+    sums: torch.Tensor | None = None,
+    tokens: int = 0,
+) -> Write:
     """
-    All u_t of a chunk, `[heads, n, out, C]`.
+    Write one chunk.
 
     Args:
-        gradients: g, `[heads, n, out, C]`.
-        erase: what `erasure` returned; `None` without a delta term, and then nothing else is needed.
-        recalled: W_0 k, `[heads, n, out, C]`; `None` where W_0 is zero.
-        rest_recalled: R k, the same shape; `None` where R is zero.
+        state: W_0, `[G, n, out, in]`.
+        rest: R, the same shape; `None` for zero.
+        keys: `[G, n, in, C]`.
+        gradients: g, `[G, n, out, C]`.
+        recalled: W_0 k, the same shape.
+        rates: b, `[G, 1, 1, C]`; 0 at padded tokens.
+        erasing: e, `[G, n, 1, C]`, 0 at padded tokens; `None` without a delta term.
+        ends: whether the state at the chunk's end is wanted.
+        momentum: whether the sum of what the gradients write is wanted as well.
+        sums: that sum over earlier parts of a longer chunk, as `state`; `None` for zero.
+        tokens: how many rows of the first state read within the chunk and want their u_t; 0 for none.
     """
-    if erase is None:
-        return gradients * rates
-    total = gradients
-    if recalled is not None:
-        total = total + decay.before * recalled
-    if rest_recalled is not None:
-        total = total + (1 - decay.before) * rest_recalled
-    return (total * rates) @ erase
-
-
-def state_after(
-    state: torch.Tensor | None, keys: torch.Tensor, written: torch.Tensor, decay: Decay, rest: torch.Tensor | None
-) -> torch.Tensor:
-    """The state at the chunk's end, `[heads, n, out, in]`, from that at its start (`None`: zero)."""
-    after = -(written * decay.after) @ keys.mT
-    if state is not None:
-        after = after + decay.whole * state
-    if rest is not None:
-        after = after + (1 - decay.whole) * rest
-    return after
+    driven = gradients * rates
+    inputs = driven
+    inverted = None
+    if erasing is not None:
+        erased = decay.before * recalled
+        if rest is not None:
+            erased = erased + (1 - decay.before) * (rest @ keys)
+        inputs = driven + erased * erasing
+        inverted = inverse((keys.mT @ keys) * decay.between * erasing)
+    own = None
+    if tokens:
+        own = inputs[:, :1, :tokens]
+        own = own if inverted is None else own @ inverted[:, :1]
+    if not ends:
+        return Write(None, None, own)
+    late = (keys * decay.after).mT
+    carried = late if inverted is None else inverted @ late
+    base = decay.whole * state if rest is None else rest + decay.whole * (state - rest)
+    after = base - inputs @ carried
+    if not momentum:
+        return Write(after, None, own)
+    if sums is None:
+        return Write(after, -driven @ carried, own)
+    if erasing is not None:
+        driven = driven + sums @ keys * (decay.before * erasing)
+    return Write(after, decay.whole * sums - driven @ carried, own)
 
 
 def read_within(
-    recalled: torch.Tensor,
-    rest_recalled: torch.Tensor | None,
+    state: torch.Tensor,
+    rest: torch.Tensor | None,
     queries: torch.Tensor,
     keys: torch.Tensor,
-    written: torch.Tensor,
+    tokens: torch.Tensor,
     decay: Decay,
 ) -> torch.Tensor:
     """
-    W_{t-1} q_t for every token of a chunk, `[heads, n, out, C]`.
+    W_{t-1} q_t for every token of a chunk, `[G, 1, out, C]`.
 
     Args:
-        recalled, rest_recalled: W_0 q and R q, `[heads, n, out, C]`.
-        queries: `[heads, n, in, C]`.
-        written: what `writes` returned.
+        state, rest: W_0 and R, `[G, 1, out, in]`.
+        queries, keys: `[G, 1, in, C]`.
+        tokens: u_t, `[G, 1, out, C]`.
     """
-    read = decay.before * recalled - written @ ((keys.mT @ queries) * decay.between)
-    return read if rest_recalled is None else read + (1 - decay.before) * rest_recalled
+    recalled = decay.before * (state @ queries) - tokens @ ((keys.mT @ queries) * decay.between)
+    return recalled if rest is None else recalled + (1 - decay.before) * (rest @ queries)

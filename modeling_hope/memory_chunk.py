@@ -1,11 +1,7 @@
 """
-What a group of memories does with one chunk of tokens (Eq. 84-90): read, take its inner gradient, and write.
+What a group of memories does with one chunk of tokens: write, be read within, and go on to the next (Eq. 86-90).
 
-Shapes: G rows times heads, X memories in the group, D the head's width, m hidden units, C tokens, which are columns.
-The maps of all memories of a group lie together:
-
-    depth 2    W2 `[G, 1, X m, D]` (one key for all: their rows lie end to end), W1 `[G, X, D, m]`
-    depth 1    W  `[G, 1, X D, D]`
+Shapes are those of `memory_rule.py`: G rows times heads, X memories in the group, D the head's width, C tokens.
 """
 
 from __future__ import annotations
@@ -16,21 +12,9 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .delta_rule import Decay, erasure, read_within, state_after, writes
-
-
-Maps = tuple[torch.Tensor, ...]
-
-SMALLEST = 1e-6  # of a norm to divide by, and the eps of the memories' rms
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How memories are written; fields of the config, by their names without `memory_`."""
-
-    objective: str
-    delta_decay: bool
-    self_values: bool
+from .delta_rule import Decay, Write, read_within
+from .fused_memory import delta_chunk, inner_gradients
+from .memory_rule import SMALLEST, Maps, Rule, rms
 
 
 @dataclass(frozen=True)
@@ -57,103 +41,33 @@ class Constants(NamedTuple):
     What does not change from chunk to chunk.
 
     Attributes:
+        memories: X.
         rest: W_rest of each map, where decay leads; `None` for zero.
         gamma: `[G, X, D, 1]`, the slow scale of each memory's output; `None` at depth 1.
         mu: momentum kept from chunk to chunk, for each map a column `[G, n, out, 1]`; `None` without.
     """
 
+    memories: int
     rest: Maps | None
     gamma: torch.Tensor | None
     mu: Maps | None
 
 
-def unit(a: torch.Tensor, dim: int = -2) -> torch.Tensor:
-    return a / torch.linalg.vector_norm(a, dim=dim, keepdim=True).clamp(min=SMALLEST)
-
-
-def read(maps: Maps, gamma: torch.Tensor | None, inputs: torch.Tensor) -> torch.Tensor:
-    """M(a) of every memory (Eq. 89): `inputs` `[G, D, C]` to `[G, X, D, C]`."""
-    first = maps[0] @ inputs[:, None]
-    if gamma is None:
-        return first.unflatten(2, (-1, inputs.shape[-2])).squeeze(1)
-    hidden = F.silu(first.view(first.shape[0], gamma.shape[1], -1, first.shape[-1]))
-    return inputs[:, None] + gamma * _rms(maps[1] @ hidden)
-
-
-def _rms(y: torch.Tensor) -> torch.Tensor:
-    return y * torch.rsqrt(y.square().mean(-2, keepdim=True) + SMALLEST)
-
-
-class Inner(NamedTuple):
-    """
-    A chunk seen by the maps of a group, first map first.
-
-    Attributes:
-        keys: `[G, n, in, C]`, units.
-        gradients: g |input|, `[G, n, out, C]`, at the weights the chunk started with.
-        recalled: those weights times the keys, the same shape.
-    """
-
-    keys: Maps
-    gradients: Maps
-    recalled: Maps
-
-
-def inner_gradients(maps: Maps, gamma: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, rule: Rule) -> Inner:
-    """
-    The gradient of L = 1/2 |M(k) - M(v)|^2 (`l2`), or -<M(k), M(v)> (`dot`), at every map's output, M(v) constant.
-
-    Args:
-        k: `[G, D, C]`, units.
-        v: `[G, D, C]`.
-    """
-    size, d = k.shape[-1], k.shape[-2]
-    keys = k[:, None]
-    both = torch.cat([k, v], -1)[:, None] if rule.self_values else keys
-    first = maps[0] @ both
-    recalled = first[..., :size]
-    if gamma is None:
-        target = first[..., size:].unflatten(2, (-1, d)) if rule.self_values else v[:, None, None]
-        error = (
-            recalled.unflatten(2, (-1, d)) - target
-            if rule.objective == "l2"
-            else -target.expand(-1, -1, recalled.shape[2] // d, -1, -1)
-        )
-        return Inner((keys,), (error.flatten(2, 3),), (recalled,))
-    first = first.view(first.shape[0], gamma.shape[1], -1, first.shape[-1])
-    hidden = F.silu(first)
-    out = maps[1] @ hidden
-    inverse = torch.rsqrt(out.square().mean(-2, keepdim=True) + SMALLEST)
-    normed = out * inverse
-    target = v[:, None] + gamma * normed[..., size:] if rule.self_values else v[:, None]
-    normed, inverse, hidden = normed[..., :size], inverse[..., :size], hidden[..., :size]
-    error = k[:, None] + gamma * normed - target if rule.objective == "l2" else -target
-    slope = gamma * error
-    at_out = (slope - normed * (normed * slope).mean(-2, keepdim=True)) * inverse
-    before = first[..., :size]
-    gate = torch.sigmoid(before)
-    at_hidden = (maps[1].mT @ at_out) * (gate * (1 + before * (1 - gate)))
-    length = torch.linalg.vector_norm(hidden, dim=-2, keepdim=True).clamp(min=SMALLEST)
-    return Inner(
-        (keys, hidden / length),
-        (at_hidden.flatten(1, 2)[:, None], at_out * length),
-        (recalled, out[..., :size] / length),
-    )
+def part(maps: Maps, gamma: torch.Tensor | None, memories: slice, count: int) -> tuple[Maps, torch.Tensor | None]:
+    """Maps and gamma of some of a group's `count` memories."""
+    rows = maps[0].shape[2] // count
+    start, stop, _ = memories.indices(count)
+    some = (maps[0][:, :, start * rows : stop * rows], *(other[:, memories] for other in maps[1:]))
+    return some, None if gamma is None else gamma[:, memories]
 
 
 class Written(NamedTuple):
     """
-    What a chunk writes into one map.
-
-    Attributes:
-        keys: `[G, n, in, C]`.
-        into_weights: u_t of the weights, `[G, n, out, C]`.
-        into_sum: u_t of the sum of writes U that momentum needs; `None` without momentum.
+    What a chunk writes into a group: for each map the keys `[G, n, in, C]`, and what `delta_chunk` returned.
     """
 
-    keys: torch.Tensor
-    into_weights: torch.Tensor
-    into_sum: torch.Tensor | None
+    keys: Maps
+    writes: tuple[Write, ...]
 
 
 def write(
@@ -164,73 +78,78 @@ def write(
     rates: torch.Tensor,
     decay: Decay,
     rule: Rule,
-    momentum: bool,
-) -> list[Written]:
+    ends: bool,
+    by_token: bool,
+) -> Written:
     """
-    What a chunk of keys and values `[G, D, C]` writes into each map of a group; nothing is applied yet.
+    Write a chunk of keys and values `[G, D, C]` into each map of a group.
 
     Args:
         rates: b, `[G, 1, 1, C]`; 0 at padded tokens.
-        momentum: whether the sum of writes is wanted too.
+        ends: whether the weights at the chunk's end are wanted.
+        by_token: whether the group's first memory is read within the chunk.
     """
     inner = inner_gradients(weights.start, constants.gamma, k, v, rule)
     found = []
-    for i, (keys, gradients, recalled) in enumerate(zip(*inner, strict=True)):
-        if not rule.delta_decay:
-            u = writes(gradients, rates, decay, None, None, None)
-            found.append(Written(keys, u, u if momentum else None))
-            continue
-        if weights.now is not weights.start:
-            recalled = weights.now[i] @ keys
-        rest = constants.rest[i] @ keys if constants.rest is not None else None
-        erase = erasure(keys, rates, decay)
-        into_sum = None
-        if momentum:
-            so_far = weights.written[i] @ keys if weights.written is not None else None
-            into_sum = writes(gradients, rates, decay, erase, so_far, None)
-        found.append(Written(keys, writes(gradients, rates, decay, erase, recalled, rest), into_sum))
-    return found
+    for i, (keys, gradients, recalled, square) in enumerate(zip(*inner, strict=True)):
+        state = weights.now[i]
+        erasing = rates if square is None else rates / square.clamp(min=SMALLEST**2)
+        if weights.now is not weights.start and rule.delta_decay:
+            recalled = state @ keys
+        # The first map holds all memories' rows end to end.
+        rows = state.shape[2] if i else state.shape[2] // constants.memories
+        done = delta_chunk(
+            state,
+            constants.rest[i] if constants.rest is not None else None,
+            keys,
+            gradients,
+            recalled,
+            rates,
+            erasing if rule.delta_decay else None,
+            decay,
+            ends=ends,
+            momentum=weights.momentum is not None,
+            sums=weights.written[i] if weights.written is not None else None,
+            tokens=rows if by_token else 0,
+        )
+        found.append(done)
+    return Written(inner.keys, tuple(found))
 
 
 def read_tokens(
-    weights: FastWeights, constants: Constants, written: list[Written], q: torch.Tensor, decay: Decay
+    weights: FastWeights, constants: Constants, written: Written, q: torch.Tensor, decay: Decay
 ) -> torch.Tensor:
-    """M_{t-1}(q_t) of one memory for every token of a chunk: `q` `[G, D, C]` to `[G, D, C]`."""
+    """M_{t-1}(q_t) of the group's first memory for every token of a chunk: `q` `[G, D, C]` to `[G, D, C]`."""
     x = q[:, None]
-    for i, (maps, done) in enumerate(zip(weights.now, written, strict=True)):
+    rest = constants.rest if constants.rest is not None else (None,) * len(weights.now)
+    for i, (maps, stay, keys, done) in enumerate(zip(weights.now, rest, *written, strict=True)):
         if i:
             x = F.silu(x)
-        rest = constants.rest[i] @ x if constants.rest is not None else None
-        x = read_within(maps @ x, rest, x, done.keys, done.into_weights, decay)
+        assert done.tokens is not None
+        rows = done.tokens.shape[2]
+        stay = None if stay is None else stay[:, :1, :rows]
+        x = read_within(maps[:, :1, :rows], stay, x, keys[:, :1], done.tokens, decay)
     if constants.gamma is not None:
-        x = q[:, None] + constants.gamma * _rms(x)
+        x = q[:, None] + constants.gamma[:, :1] * rms(x)
     return x[:, 0]
 
 
-def after_chunk(
-    weights: FastWeights, constants: Constants, written: list[Written], decay: Decay, ends: bool | torch.Tensor
-) -> FastWeights:
+def after_chunk(weights: FastWeights, constants: Constants, written: Written, ends: bool | torch.Tensor) -> FastWeights:
     """
     The weights after a chunk's writes.
 
     `ends`: whether the group's own chunk ends with it, for all rows, or `[G, 1, 1, 1]` by row. Then S <- mu S + U, and
     the next chunk starts from W + mu S.
     """
-    rest = constants.rest
-    now = tuple(
-        state_after(maps, done.keys, done.into_weights, decay, rest[i] if rest is not None else None)
-        for i, (maps, done) in enumerate(zip(weights.now, written, strict=True))
-    )
+    now: Maps = tuple(done.state for done in written.writes)  # type: ignore[misc]
     if weights.momentum is None or constants.mu is None:
         return FastWeights(now, _where(ends, now, weights.start))
-    so_far = weights.written or (None,) * len(now)
-    total = tuple(
-        state_after(old, done.keys, done.into_sum, decay, None)  # type: ignore[arg-type]
-        for old, done in zip(so_far, written, strict=True)
-    )
+    total: Maps = tuple(done.sums for done in written.writes)  # type: ignore[misc]
     if ends is False:
         return FastWeights(now, weights.start, weights.momentum, total)
-    moved = tuple(mu * old + sums for mu, old, sums in zip(constants.mu, weights.momentum, total, strict=True))
+    moved = tuple(
+        torch.addcmul(sums, mu, old) for mu, old, sums in zip(constants.mu, weights.momentum, total, strict=True)
+    )
     ahead = tuple(torch.addcmul(maps, mu, new) for maps, mu, new in zip(now, constants.mu, moved, strict=True))
     if ends is True:
         return FastWeights(ahead, ahead, moved)

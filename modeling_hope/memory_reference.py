@@ -64,7 +64,7 @@ class SlowHead:
     def __init__(self, parameters: Parameters, config: HopeConfig, head: int):
         self.p, self.c, self.head = parameters, config, head
         adaptive = [name for name in config.adaptive_projections if name != "alpha" or config.memory_weight_decay]
-        self.places = {"memory": ("memory", 0)} | {name: ("projections", i) for i, name in enumerate(adaptive)}
+        self.places = {name: index for index, name in enumerate(["memory", *adaptive])}
         self.rest = {name: self._maps(name) for name in self.places}
         self.start = {name: list(maps) for name, maps in self.rest.items()}
         self.now = {name: list(maps) for name, maps in self.rest.items()}
@@ -73,8 +73,7 @@ class SlowHead:
         self.seen = 0
 
     def _of(self, name: str, parameter: str) -> torch.Tensor:
-        group, index = self.places[name]
-        return self.p[f"{group}.{parameter}"][self.head, index]
+        return self.p[f"memories.{parameter}"][self.head, self.places[name]]
 
     def _maps(self, name: str) -> Maps:
         return [self._of(name, "w2"), self._of(name, "w1")] if self.c.memory_depth == 2 else [self._of(name, "w")]
@@ -141,7 +140,7 @@ class SlowHead:
         # The target depends on the same weights and not on these outputs, so it is constant.
         gradients = _gradients(loss, outputs)
         for i, (x, g) in enumerate(zip(inputs, gradients, strict=True)):
-            key = unit(x)
+            key = x if i == 0 else unit(x)
             erased = torch.outer(key, key) if c.memory_delta_decay else torch.zeros_like(torch.outer(key, key))
             transition = alpha * torch.eye(len(key), dtype=key.dtype) - eta * erased
             rest = self.rest[name][i] if c.memory_retention == "initial" else torch.zeros_like(self.rest[name][i])

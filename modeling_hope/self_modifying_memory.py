@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,31 +15,23 @@ from .chunk_plan import ChunkPlan
 from .configuration_hope import HopeConfig
 from .continuum_memory import HopeRMSNorm
 from .delta_rule import decay_of
+from .fused_memory import read
 from .key_layout import Span
-from .memory_chunk import (
-    Constants,
-    FastWeights,
-    Maps,
-    Rule,
-    after_chunk,
-    choose,
-    read,
-    read_tokens,
-    unit,
-    write,
-)
+from .memory_chunk import Constants, FastWeights, after_chunk, choose, part, read_tokens, write
+from .memory_rule import Maps, Rule, unit
 from .mixer_state import MixerState
 
 
 CONV_WIDTH = 4
-START_RATE, START_DECAY = 0.1, 0.995
+START_RATE, START_DECAY, START_OUTER = 0.1, 0.995, 0.2
 
 
 class MemoryState(MixerState):
     """
     What a self-modifying memory remembers.
 
-    Tensors (H heads, X memories in a group, `group` `memory` or `projections`, `map` `w2` and `w1`, or `w` at depth 1):
+    Tensors (H heads; X memories in a group; `group` is `memories`, or `memory` and `projections` where their chunk sizes
+    differ; `map` is `w2` and `w1`, or `w` at depth 1):
         conv: `[batch, 3, hidden_size]`, the mixer's last inputs.
         open: `[batch, H, slots, features]`, the streams of the tokens since the last chunk boundary.
         group.now.map: the fast weights, in float32 or better: `[batch, H, 1, X m, D]` and `[batch, H, X, D, m]`.
@@ -57,54 +49,62 @@ class MemoryState(MixerState):
         return MemoryState(**moved)
 
 
-class MemoryGroup(nn.Module):
+class Group(NamedTuple):
+    """Memories that share a chunk size: which, and how many tokens."""
+
+    memories: slice
+    chunk_size: int
+
+
+class Memories(nn.Module):
     """
-    The initial weights of memories that share a chunk size.
+    The initial weights of a layer's memories, `memory` first.
 
     Parameters: `w2` `[H, X, m, D]` and `w1` `[H, X, D, m]`, `gamma` `[H, X, D]`; at depth 1 `w` `[H, X, D, D]`. And
     `momentum` `[H, X]`, of which mu is the sigmoid.
     """
 
-    def __init__(self, config: HopeConfig, names: Sequence[str], chunk_size: int):
+    def __init__(self, config: HopeConfig, names: Sequence[str]):
         super().__init__()
         heads, d, m = config.num_memory_heads, config.memory_head_dim, config.memory_hidden_size
         assert heads is not None and d is not None and m is not None
-        self.names, self.chunk_size, self.retention = list(names), chunk_size, config.memory_retention
-        count = len(self.names)
-        if config.memory_depth == 2:
-            self.map_names = ["w2", "w1"]
+        self.deep, self.retention, count = config.memory_depth == 2, config.memory_retention, len(names)
+        self.map_names = ("w2", "w1") if self.deep else ("w",)
+        if self.deep:
             self.w2 = nn.Parameter(torch.empty(heads, count, m, d))
             self.w1 = nn.Parameter(torch.empty(heads, count, d, m))
             self.gamma = nn.Parameter(torch.empty(heads, count, d))
         else:
-            self.map_names = ["w"]
             self.w = nn.Parameter(torch.empty(heads, count, d, d))
         self.momentum = nn.Parameter(torch.empty(heads, count)) if config.memory_momentum else None
 
-    @property
-    def deep(self) -> bool:
-        return len(self.map_names) == 2
+    def maps(self, memories: slice, batch: int, dtype: torch.dtype) -> Maps:
+        """The initial maps of some memories in every row, laid out as `memory_chunk` takes them."""
+        first, *others = (getattr(self, name)[:, memories].to(dtype) for name in self.map_names)
+        return tuple(_for_rows(weights, batch) for weights in (first.flatten(1, 2)[:, None], *others))
 
-    def maps(self, batch: int, dtype: torch.dtype) -> Maps:
-        """The initial maps of every row, laid out as `memory_chunk` takes them."""
-        first = getattr(self, self.map_names[0]).to(dtype).flatten(1, 2)[:, None]
-        maps = (first, self.w1.to(dtype)) if self.deep else (first,)
-        return tuple(_for_rows(weights, batch) for weights in maps)
-
-    def constants(self, maps: Maps, batch: int) -> Constants:
+    def constants(self, memories: slice, maps: Maps) -> Constants:
+        """What goes with those maps in every chunk."""
         dtype, mu, gamma = maps[0].dtype, None, None
+        own = getattr(self, self.map_names[0])[:, memories]
+        batch, count = len(maps[0]) // len(own), own.shape[1]
         if self.deep:
-            gamma = _for_rows(self.gamma.to(dtype)[..., None], batch)
+            gamma = _for_rows(self.gamma[:, memories].to(dtype)[..., None], batch)
         if self.momentum is not None:
-            kept = _for_rows(torch.sigmoid(self.momentum.to(dtype))[..., None, None], batch)
-            first = kept.expand(-1, -1, maps[0].shape[2] // len(self.names), -1).flatten(1, 2)[:, None]
+            kept = _for_rows(torch.sigmoid(self.momentum[:, memories].to(dtype))[..., None, None], batch)
+            first = kept.expand(-1, -1, maps[0].shape[2] // count, -1).flatten(1, 2)[:, None]
             mu = (first, kept) if self.deep else (first,)
-        return Constants(maps if self.retention == "initial" else None, gamma, mu)
+        return Constants(count, maps if self.retention == "initial" else None, gamma, mu)
 
     def initialise(self) -> None:
+        """
+        Hidden units start at the bend of silu, for the inputs are units. W1 starts small: what is written adds to it, and
+        the rms after it makes a first write count for more, the smaller it is.
+        """
         for name in self.map_names:
             weights = getattr(self, name)
-            init.normal_(weights, std=1.0 if name == "w2" else weights.shape[-1] ** -0.5)
+            scale = {"w2": 1.0, "w1": START_OUTER * weights.shape[-1] ** -0.5, "w": weights.shape[-1] ** -0.5}
+            init.normal_(weights, std=scale[name])
         if self.deep:
             init.constant_(self.gamma, self.gamma.shape[-1] ** -0.5)
         if self.momentum is not None:
@@ -169,8 +169,13 @@ class SelfModifyingMemory(nn.Module):
         self.rewinds, self.state_class = False, MemoryState
         self.rule = Rule(config.memory_objective, config.memory_delta_decay, config.memory_self_values)
         self.adaptive = [name for name in config.adaptive_projections if name != "alpha" or config.memory_weight_decay]
-        self.memory = MemoryGroup(config, ["memory"], config.memory_chunk_size)
-        self.projections = MemoryGroup(config, self.adaptive, config.projection_chunk_size) if self.adaptive else None
+        self.memories = Memories(config, ["memory", *self.adaptive])
+        # Memories with one chunk size are written together.
+        sizes = (config.memory_chunk_size, config.projection_chunk_size)
+        if sizes[0] == sizes[1] or not self.adaptive:
+            self.groups = {"memories": Group(slice(None), sizes[0])}
+        else:
+            self.groups = {"memory": Group(slice(0, 1), sizes[0]), "projections": Group(slice(1, None), sizes[1])}
         self.conv = ShortConvolution(hidden)
         self.z_proj = nn.Linear(hidden, heads * d, bias=False) if set(self.adaptive) - {"q"} else None
         self.q_proj = nn.Linear(hidden, heads * d, bias=False)
@@ -190,8 +195,7 @@ class SelfModifyingMemory(nn.Module):
     @property
     def chunk_size(self) -> int:
         """Tokens between two boundaries at which the state is kept: the smaller of the chunk sizes."""
-        assert self.config.projection_chunk_size is not None
-        return min(self.config.memory_chunk_size, self.config.projection_chunk_size)
+        return min(group.chunk_size for group in self.groups.values())
 
     def forward(
         self,
@@ -226,10 +230,10 @@ class SelfModifyingMemory(nn.Module):
             opened = None if state is None else state.tensors["open"].to(wide)
             kept = plan.join(opened, kept)
             queries = plan.join(None, queries)
-            read_out, groups = self._read_chunks(queries, kept, plan, state, wide)
+            read_out, weights = self._read_chunks(queries, kept, plan, state, keep_state)
             new_state = None
             if keep_state:
-                new_state = self._state(groups, plan.open_part(kept), plan.last_inputs(inputs, CONV_WIDTH - 1))
+                new_state = self._state(weights, plan.open_part(kept), plan.last_inputs(inputs, CONV_WIDTH - 1))
             read_out = self.output_norm(plan.new_part(read_out))
         output = self.o_proj(read_out.flatten(2).to(gate.dtype) * gate)
         return output, new_state, None
@@ -237,11 +241,11 @@ class SelfModifyingMemory(nn.Module):
     def empty_state(self, batch: int, like: torch.Tensor) -> MemoryState:
         """Of rows that have read nothing; `like` gives dtype and device."""
         wide = torch.promote_types(like.dtype, torch.float32)
-        groups = self._groups(None, batch, wide)
+        weights = self._fast_weights(None, batch, wide)
         features = sum(self._stream_sizes().values())
         kept = torch.zeros(batch, self.heads, 0, features, dtype=wide, device=like.device)
         tail = torch.zeros(batch, CONV_WIDTH - 1, self.config.hidden_size, dtype=like.dtype, device=like.device)
-        return self._state(groups, kept, tail)
+        return self._state(weights, kept, tail)
 
     def _stream_sizes(self) -> dict[str, int]:
         """Features of what chunks take from the slow maps of every token, besides queries, in their order."""
@@ -260,59 +264,74 @@ class SelfModifyingMemory(nn.Module):
         return unit(self.q_proj(u).to(dtype).view(by_head), -1), kept
 
     def _read_chunks(
-        self,
-        queries: torch.Tensor,
-        kept: torch.Tensor,
-        plan: ChunkPlan,
-        state: MemoryState | None,
-        dtype: torch.dtype,
+        self, queries: torch.Tensor, kept: torch.Tensor, plan: ChunkPlan, state: MemoryState | None, keep_state: bool
     ) -> tuple[torch.Tensor, dict[str, FastWeights]]:
-        """The loop over chunks: `[batch, columns, H, D]` of what is read, and the weights after the last whole chunk."""
+        """
+        The loop over chunks.
+
+        Returns:
+            What is read, `[batch, columns, H, D]`, and each group's weights after the last whole chunk.
+        """
         batch = queries.shape[0]
-        groups = self._groups(state, batch, dtype)
-        modules = self.memory_groups()
-        constants = {name: module.constants(module.maps(batch, dtype), batch) for name, module in modules.items()}
+        weights = self._fast_weights(state, batch, queries.dtype)
+        constants = {
+            name: self.memories.constants(group.memories, self.memories.maps(group.memories, batch, queries.dtype))
+            for name, group in self.groups.items()
+        }
+        (main, *_), (*_, last) = self.groups, self.groups
         by_token = self.config.memory_read == "token"
         outputs = []
         for index, (q, streams) in enumerate(zip(plan.chunks(queries), plan.chunks(kept), strict=True)):
-            whole = plan.whole(index)
-            k, v, rates, log_alpha, q = self._project(groups, constants, streams, q)
+            whole = plan.whole(index, keep_state)
+            k, v, rates, log_alpha, q = self._project(weights[last].start, constants[last], streams, q)
             real = plan.real(index, self.heads)
             if real is not None:
                 rates, log_alpha = rates * real, log_alpha * real
             rates, decay = rates[:, None, None], decay_of(log_alpha)
             written = {}
-            for name, weights in groups.items():
-                if whole is not None or (by_token and name == "memory"):
-                    momentum = whole is not None and weights.momentum is not None
-                    written[name] = write(weights, constants[name], k, v, rates, decay, self.rule, momentum)
-            memory = groups["memory"]
+            for name, group_weights in weights.items():
+                within = by_token and name == main
+                if whole is not None or within:
+                    written[name] = write(
+                        group_weights, constants[name], k, v, rates, decay, self.rule, whole is not None, within
+                    )
             if by_token:
-                outputs.append(read_tokens(memory, constants["memory"], written["memory"], q, decay))
+                outputs.append(read_tokens(weights[main], constants[main], written[main], q, decay))
             else:
-                outputs.append(read(memory.start, constants["memory"].gamma, q)[:, 0])
+                maps, gamma = part(weights[main].start, constants[main].gamma, slice(0, 1), constants[main].memories)
+                outputs.append(read(maps, gamma, q)[:, 0])
             if whole is None:
                 continue
-            for name, weights in groups.items():
-                ends = plan.ends(index, modules[name].chunk_size, self.heads)
-                after = after_chunk(weights, constants[name], written[name], decay, ends)
-                groups[name] = after if whole is True else choose(plan.by_head(whole, self.heads), after, weights)
-        return plan.unchunk(outputs, batch), groups
+            for name, old in weights.items():
+                ends = plan.ends(index, self.groups[name].chunk_size, self.heads)
+                new = after_chunk(old, constants[name], written[name], ends)
+                weights[name] = new if whole is True else choose(plan.by_head(whole, self.heads), new, old)
+        return plan.unchunk(outputs, batch), weights
 
     def _project(
-        self, groups: dict[str, FastWeights], constants: dict[str, Constants], streams: torch.Tensor, q: torch.Tensor
+        self, start: Maps, constants: Constants, streams: torch.Tensor, q: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """k, v `[G, D, C]`, b and log alpha `[G, C]`, and q, from the weights at the chunk's start (Eq. 86-87)."""
+        """
+        Keys, values, rates, decays and queries from the weights at the chunk's start (Eq. 86-87).
+
+        Args:
+            start, constants: of the group that ends with the adaptive projections.
+            streams: `[G, features, C]`.
+            q: `[G, D, C]`.
+
+        Returns:
+            k and v `[G, D, C]`, b and log alpha `[G, C]`, and q.
+        """
         sizes = self._stream_sizes()
         found = dict(zip(sizes, streams.split(list(sizes.values()), 1), strict=True))
-        if self.projections is not None:
-            weights, gamma = groups["projections"].start, constants["projections"].gamma
-            names = self.projections.names
-            if "z" in found:
-                reads = read(weights, gamma, found["z"]).unbind(1)
-                found |= {name: a for name, a in zip(names, reads, strict=True) if name != "q"}
-            if "q" in names:
-                q = unit(read(_one_of(weights, names.index("q"), len(names)), _one(gamma, names.index("q")), q)[:, 0])
+        count = len(self.adaptive)
+        if "z" in found:
+            names = slice(constants.memories - count, None)
+            reads = read(*part(start, constants.gamma, names, constants.memories), found["z"]).unbind(1)
+            found |= dict(zip(self.adaptive, reads, strict=True))
+        if "q" in self.adaptive:
+            place = constants.memories - count + self.adaptive.index("q")
+            q = unit(read(*part(start, constants.gamma, slice(place, place + 1), constants.memories), q)[:, 0])
         rates = self._logits("eta", found).sigmoid() * self.config.memory_max_rate
         log_alpha = torch.zeros_like(rates)
         if self.alpha_proj is not None:
@@ -322,50 +341,38 @@ class SelfModifyingMemory(nn.Module):
     def _logits(self, name: str, found: dict[str, torch.Tensor]) -> torch.Tensor:
         return getattr(self, f"{name}_proj")(found[name]) if name in self.adaptive else found[name][:, 0]
 
-    def memory_groups(self) -> dict[str, MemoryGroup]:
-        return {"memory": self.memory} | ({} if self.projections is None else {"projections": self.projections})
-
-    def _groups(self, state: MemoryState | None, batch: int, dtype: torch.dtype) -> dict[str, FastWeights]:
-        groups = {}
-        for name, module in self.memory_groups().items():
+    def _fast_weights(self, state: MemoryState | None, batch: int, dtype: torch.dtype) -> dict[str, FastWeights]:
+        found = {}
+        for name, group in self.groups.items():
             if state is None:
-                maps = module.maps(batch, dtype)
+                maps = self.memories.maps(group.memories, batch, dtype)
                 zeros = tuple(torch.zeros_like(weights) for weights in maps)
-                groups[name] = FastWeights(maps, maps, None if module.momentum is None else zeros)
+                found[name] = FastWeights(maps, maps, None if self.memories.momentum is None else zeros)
                 continue
             kinds = {}
             for kind in ("now", "start", "momentum", "written"):
-                names = [f"{name}.{kind}.{map_name}" for map_name in module.map_names]
+                names = [f"{name}.{kind}.{map_name}" for map_name in self.memories.map_names]
                 if names[0] in state.tensors:
                     kinds[kind] = tuple(state.tensors[n].to(dtype).flatten(0, 1) for n in names)
-            groups[name] = FastWeights(**({"start": kinds["now"]} | kinds))
-        return groups
+            found[name] = FastWeights(**({"start": kinds["now"]} | kinds))
+        return found
 
-    def _state(self, groups: dict[str, FastWeights], kept: torch.Tensor, tail: torch.Tensor) -> MemoryState:
+    def _state(self, weights: dict[str, FastWeights], kept: torch.Tensor, tail: torch.Tensor) -> MemoryState:
         tensors = {"conv": tail, "open": kept}
-        for name, weights in groups.items():
-            module = self.memory_groups()[name]
-            kinds: dict[str, Maps | None] = {"now": weights.now, "momentum": weights.momentum}
-            if module.chunk_size > self.chunk_size:
-                nothing = tuple(torch.zeros_like(maps) for maps in weights.now)
-                kinds |= {"start": weights.start}
-                kinds |= {} if weights.momentum is None else {"written": weights.written or nothing}
+        for name, group in self.groups.items():
+            own = weights[name]
+            kinds: dict[str, Maps | None] = {"now": own.now, "momentum": own.momentum}
+            if group.chunk_size > self.chunk_size:
+                nothing = tuple(torch.zeros_like(maps) for maps in own.now)
+                kinds |= {"start": own.start}
+                kinds |= {} if own.momentum is None else {"written": own.written or nothing}
             for kind, maps in kinds.items():
-                for map_name, weight in zip(module.map_names, maps or (), strict=maps is not None):
-                    tensors[f"{name}.{kind}.{map_name}"] = weight.unflatten(0, (-1, self.heads))
+                if maps is not None:
+                    for map_name, weight in zip(self.memories.map_names, maps, strict=True):
+                        tensors[f"{name}.{kind}.{map_name}"] = weight.unflatten(0, (-1, self.heads))
         return MemoryState(**tensors)
 
 
 def _for_rows(parameter: torch.Tensor, batch: int) -> torch.Tensor:
     """`[H, ...]` for every row: `[batch times H, ...]`."""
     return parameter[None].expand(batch, *parameter.shape).flatten(0, 1)
-
-
-def _one_of(maps: Maps, index: int, count: int) -> Maps:
-    """The maps of one memory of a group."""
-    rows = maps[0].shape[2] // count
-    return (maps[0][:, :, index * rows : (index + 1) * rows], *(other[:, index : index + 1] for other in maps[1:]))
-
-
-def _one(gamma: torch.Tensor | None, index: int) -> torch.Tensor | None:
-    return None if gamma is None else gamma[:, index : index + 1]

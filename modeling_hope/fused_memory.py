@@ -1,0 +1,334 @@
+"""
+The three operations of a chunk with their backward passes derived by hand; `memory_rule.py` and `delta_rule.py` say in
+plain torch what they compute, and are what a gradient of a gradient is taken of.
+
+Autograd would keep and read again every intermediate. Here each pass keeps what its backward needs, and works in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import delta_rule, memory_rule
+from .delta_rule import Decay, Write, inverse
+from .memory_rule import SMALLEST, Inner, Maps, Rule
+
+
+class _WithPlainTwin(torch.autograd.Function):
+    """An operation whose backward, where it has to be differentiable itself, is that of its plain twin."""
+
+    @staticmethod
+    def again(
+        plain: Callable[..., tuple[torch.Tensor | None, ...]],
+        inputs: tuple[torch.Tensor | None, ...],
+        wanted: tuple[bool, ...],
+        gradients: tuple[torch.Tensor | None, ...],
+    ) -> list[torch.Tensor | None]:
+        """The gradients of `plain` at its inputs, with a graph of their own."""
+        with torch.enable_grad():
+            given = [
+                (out, g) for out, g in zip(plain(*inputs), gradients, strict=True) if out is not None and g is not None
+            ]
+            chosen = [x for x, want in zip(inputs, wanted, strict=True) if want]
+            outputs, weights = zip(*given, strict=True)
+            found = iter(torch.autograd.grad(outputs, chosen, weights, create_graph=True, allow_unused=True))  # type: ignore[arg-type]
+        return [next(found) if want else None for want in wanted]
+
+
+def read(maps: Maps, gamma: torch.Tensor | None, inputs: torch.Tensor) -> torch.Tensor:
+    """`memory_rule.read`."""
+    if gamma is None:
+        return memory_rule.read(maps, gamma, inputs)
+    return _Read.apply(*maps, gamma, inputs)
+
+
+class _Read(_WithPlainTwin):
+    @staticmethod
+    def forward(ctx: Any, w2: torch.Tensor, w1: torch.Tensor, gamma: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        _, _, hidden, rise, _, scale, normed = _through(w2, w1, a)
+        ctx.save_for_backward(w2, w1, gamma, a, hidden, rise, scale, normed)
+        return torch.addcmul(a[:, None], gamma, normed)
+
+    @staticmethod
+    def backward(ctx: Any, d_read: torch.Tensor) -> Any:
+        w2, w1, gamma, a, hidden, rise, scale, normed = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return tuple(
+                _WithPlainTwin.again(
+                    lambda w2, w1, gamma, a: (memory_rule.read((w2, w1), gamma, a),),
+                    (w2, w1, gamma, a),
+                    ctx.needs_input_grad,
+                    (d_read,),
+                )
+            )
+        d_gamma = (d_read * normed).sum(-1, keepdim=True)
+        d_out = _rms_backward(gamma * d_read, normed, scale)
+        d_w1 = d_out @ hidden.mT
+        d_before = (w1.mT @ d_out).mul_(rise)
+        d_w2, d_a = _first_backward(d_before, w2, a)
+        return d_w2, d_w1, d_gamma, d_a.add_(d_read.sum(1))
+
+
+def _through(w2: torch.Tensor, w1: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """x = W2 a, s = sigmoid(x), silu(x) = x s, silu'(x), W1 silu(x), the scale 1 / rms of that, and it times the scale."""
+    x = torch.bmm(w2[:, 0], a).unflatten(1, (w1.shape[1], -1))
+    s = torch.sigmoid(x)
+    hidden = x * s
+    rise = torch.addcmul(hidden, hidden, s, value=-1).add_(s)
+    out = w1 @ hidden
+    scale = out.square().mean(-2, keepdim=True).add_(SMALLEST).rsqrt_()
+    return x, s, hidden, rise, out, scale, out * scale
+
+
+def _rms_backward(d_normed: torch.Tensor, normed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Through y * scale, scale = (mean(y^2) + eps)^-1/2; may write into `d_normed`."""
+    along = (d_normed * normed).mean(-2, keepdim=True)
+    return d_normed.addcmul_(normed, along, value=-1).mul_(scale)
+
+
+def _first_backward(d_before: torch.Tensor, w2: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Through W2 a, for W2 `[G, 1, X m, D]` and `a` `[G, D, C]`."""
+    d_rows = d_before.flatten(1, 2)
+    return torch.bmm(d_rows, a.mT)[:, None], torch.bmm(w2[:, 0].mT, d_rows)
+
+
+def inner_gradients(maps: Maps, gamma: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, rule: Rule) -> Inner:
+    """`memory_rule.inner_gradients`."""
+    if gamma is None:
+        return memory_rule.inner_gradients(maps, gamma, k, v, rule)
+    hidden, square, at_hidden, at_out, recalled, recalled_out = _Inner.apply(*maps, gamma, k, v, rule)
+    return Inner((k[:, None], hidden), (at_hidden, at_out), (recalled, recalled_out), (None, square))
+
+
+class _Inner(_WithPlainTwin):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        w2: torch.Tensor,
+        w1: torch.Tensor,
+        gamma: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rule: Rule,
+    ) -> tuple[torch.Tensor, ...]:
+        size = k.shape[-1]
+        both = torch.cat([k, v], -1) if rule.self_values else k
+        x, s, hidden, rise, out, scale, normed = _through(w2, w1, both)
+        at_k = normed[..., :size]
+        # error = k + gamma n_k - (v + gamma n_v), or without its first or its last part
+        if rule.objective == "l2":
+            error = (at_k - normed[..., size:]).mul_(gamma) if rule.self_values else gamma * at_k
+            error.add_((k - v)[:, None])
+        else:
+            error = -(v[:, None] + gamma * normed[..., size:] if rule.self_values else v[:, None].expand_as(at_k))
+        at_out = gamma * error
+        along = (at_k * at_out).mean(-2, keepdim=True)
+        at_out.addcmul_(at_k, along, value=-1).mul_(scale[..., :size])
+        back = w1.mT @ at_out
+        at_hidden = back * rise[..., :size]
+        key = hidden[..., :size]
+        ctx.rule = rule
+        ctx.save_for_backward(w2, w1, gamma, k, v, both, s, hidden, rise, scale, normed, error, along, at_out, back)
+        recalled = x[..., :size].flatten(1, 2)[:, None]
+        return (
+            key,
+            key.square().sum(-2, keepdim=True),
+            at_hidden.flatten(1, 2)[:, None],
+            at_out,
+            recalled,
+            out[..., :size],
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *d: torch.Tensor) -> Any:
+        w2, w1, gamma, k, v, both, s, hidden, rise, scale, normed, error, along, at_out, back = ctx.saved_tensors
+        rule = ctx.rule
+        if torch.is_grad_enabled():
+
+            def plain(*inputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+                w2, w1, gamma, k, v = inputs
+                inner = memory_rule.inner_gradients((w2, w1), gamma, k, v, rule)
+                return inner.keys[1], inner.squares[1], *inner.gradients, *inner.recalled
+
+            return *_WithPlainTwin.again(plain, (w2, w1, gamma, k, v), ctx.needs_input_grad[:5], d), None
+        d_key, d_square, d_at_hidden, d_at_out, d_recalled, d_recalled_out = d
+        size, shape = k.shape[-1], back.shape
+        d_at_hidden = d_at_hidden.reshape(shape)
+
+        # at_hidden = (W1^T at_out) silu'(x); silu'' = s + silu' - 2 s silu'
+        s_k, rise_k = s[..., :size], rise[..., :size]
+        d_x = torch.addcmul(rise_k, rise_k, s_k, value=-2).add_(s_k).mul_(back).mul_(d_at_hidden)
+        d_x.add_(d_recalled.reshape(shape))
+        d_back = d_at_hidden * rise_k
+        d_w1 = at_out @ d_back.mT
+        d_at_out = (w1 @ d_back).add_(d_at_out)
+
+        # at_out = (slope - n_k along) scale, slope = gamma error, along = mean(n_k slope)
+        at_k, scale_k = normed[..., :size], scale[..., :size]
+        d_scale = (d_at_out * at_out).sum(-2, keepdim=True)  # times the scale
+        d_slope = d_at_out.mul_(scale_k)
+        d_along = (d_slope * at_k).mean(-2, keepdim=True)
+        d_at_k = (error * gamma).mul_(d_along).addcmul_(d_slope, along).neg_()
+        d_slope.addcmul_(at_k, d_along, value=-1)
+        d_gamma = (d_slope * error).sum(-1, keepdim=True)
+        d_error = d_slope.mul_(gamma)
+
+        # error = k + gamma n_k - (v + gamma n_v)
+        d_v = -d_error.sum(1)
+        d_k = -d_v if rule.objective == "l2" else torch.zeros_like(k)
+        scaled = d_error * gamma
+        if rule.objective == "l2":
+            d_at_k.add_(scaled)
+            difference = at_k - normed[..., size:] if rule.self_values else at_k
+        else:
+            difference = -normed[..., size:] if rule.self_values else None
+        if difference is not None:
+            d_gamma += (d_error * difference).sum(-1, keepdim=True)
+        d_normed = torch.cat([d_at_k, scaled.neg_()], -1) if rule.self_values else d_at_k
+
+        # n = out scale, scale = (mean(out^2) + eps)^-1/2
+        d_out = _rms_backward(d_normed, normed, scale)
+        d_out[..., :size].addcmul_(at_k, d_scale * scale_k, value=-1.0 / k.shape[-2]).add_(d_recalled_out)
+        d_hidden = w1.mT @ d_out
+        d_w1 += d_out @ hidden.mT
+        d_hidden[..., :size].add_(d_key).addcmul_(hidden[..., :size], d_square, value=2)
+        d_before = d_hidden.mul_(rise)
+        d_before[..., :size].add_(d_x)
+        d_w2, d_both = _first_backward(d_before, w2, both)
+        d_k += d_both[..., :size]
+        if rule.self_values:
+            d_v += d_both[..., size:]
+        return d_w2, d_w1, d_gamma, d_k, d_v, None
+
+
+def delta_chunk(
+    state: torch.Tensor,
+    rest: torch.Tensor | None,
+    keys: torch.Tensor,
+    gradients: torch.Tensor,
+    recalled: torch.Tensor,
+    rates: torch.Tensor,
+    erasing: torch.Tensor | None,
+    decay: Decay,
+    *,
+    ends: bool = True,
+    momentum: bool = False,
+    sums: torch.Tensor | None = None,
+    tokens: int = 0,
+) -> Write:
+    """`delta_rule.delta_chunk`; fused where there is a delta term, a whole chunk, and no sum from parts before it."""
+    if erasing is None or not ends or sums is not None:
+        return delta_rule.delta_chunk(
+            state, rest, keys, gradients, recalled, rates, erasing, decay,
+            ends=ends, momentum=momentum, sums=sums, tokens=tokens,
+        )  # fmt: skip
+    return Write(
+        *_Delta.apply(state, rest, keys, gradients, recalled, rates, erasing, *decay, momentum, tokens)  # type: ignore[arg-type]
+    )
+
+
+class _Delta(_WithPlainTwin):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        state: torch.Tensor,
+        rest: torch.Tensor | None,
+        keys: torch.Tensor,
+        gradients: torch.Tensor,
+        recalled: torch.Tensor,
+        rates: torch.Tensor,
+        erasing: torch.Tensor,
+        between: torch.Tensor,
+        before: torch.Tensor,
+        after: torch.Tensor,
+        whole: torch.Tensor,
+        momentum: bool,
+        tokens: int,
+    ) -> tuple[torch.Tensor | None, ...]:
+        driven = gradients * rates
+        rest_recalled = None if rest is None else rest @ keys
+        erased = before * recalled if rest_recalled is None else torch.lerp(rest_recalled, recalled, before)
+        inputs = torch.addcmul(driven, erased, erasing)
+        gram = keys.mT @ keys
+        inverted = inverse((gram * between).mul_(erasing))
+        carried = inverted @ (keys * after).mT
+        base = whole * state if rest is None else torch.lerp(rest, state, whole)
+        end = _flat(base).baddbmm_(_flat(inputs), _flat(carried), alpha=-1).view_as(base)
+        sums = (driven @ carried).neg_() if momentum else None
+        own = inputs[:, :1, :tokens] @ inverted[:, :1] if tokens else None
+        ctx.momentum, ctx.tokens = momentum, tokens
+        ctx.save_for_backward(
+            state, rest, keys, gradients, recalled, rates, erasing, between, before, after, whole,
+            rest_recalled, driven, inputs, erased, gram, inverted, carried, own,
+        )  # fmt: skip
+        return end, sums, own
+
+    @staticmethod
+    def backward(ctx: Any, d_end: torch.Tensor, d_sums: torch.Tensor | None, d_own: torch.Tensor | None) -> Any:
+        (
+            state, rest, keys, gradients, recalled, rates, erasing, between, before, after, whole,
+            rest_recalled, driven, inputs, erased, gram, inverted, carried, own,
+        ) = ctx.saved_tensors  # fmt: skip
+        if torch.is_grad_enabled():
+
+            def plain(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+                decay = Decay(*tensors[7:])  # type: ignore[arg-type]
+                return delta_rule.delta_chunk(*tensors[:7], decay, momentum=ctx.momentum, tokens=ctx.tokens)  # type: ignore[arg-type, misc]
+
+            given = (state, rest, keys, gradients, recalled, rates, erasing, between, before, after, whole)
+            found = _WithPlainTwin.again(plain, given, ctx.needs_input_grad[:11], (d_end, d_sums, d_own))
+            return *found, None, None
+        carried_t = carried.mT
+        d_inputs = (d_end @ carried_t).neg_()
+        d_carried = inputs.mT @ d_end
+        d_own_inputs = None
+        if d_own is not None:
+            d_own_inputs = d_own @ inverted[:, :1].mT
+            d_inputs[:, :1, : ctx.tokens] += d_own_inputs
+        d_driven = d_inputs
+        if d_sums is not None:
+            d_driven = torch.baddbmm(_flat(d_inputs), _flat(d_sums), _flat(carried_t), alpha=-1).view_as(d_inputs)
+            _flat(d_carried).baddbmm_(_flat(driven.mT), _flat(d_sums))
+
+        # carried = (I + A)^-1 late, A = gram between erasing
+        d_late = (inverted.mT @ d_carried).neg_()
+        d_coupled = (d_late @ carried_t).neg_()
+        if d_own_inputs is not None:
+            d_coupled[:, :1] -= own.mT @ d_own_inputs
+        d_keys = d_late.mT * after
+        d_after = (d_late.mT * keys).sum((1, 2), keepdim=True)
+        d_decayed = d_coupled * gram
+        d_erasing = (d_decayed * between).sum(2, keepdim=True)
+        d_between = (d_decayed.mul_(erasing)).sum(1, keepdim=True)
+        d_gram = d_coupled.mul_(between).mul_(erasing)
+        d_keys += keys @ (d_gram + d_gram.mT)
+
+        d_rates = (d_driven * gradients).sum((1, 2), keepdim=True)
+        d_gradients = d_driven * rates
+        d_erasing += (d_inputs * erased).sum(2, keepdim=True)
+        d_erased = d_inputs.mul_(erasing)
+        d_recalled = d_erased * before
+        d_state = whole * d_end
+        if rest is None:
+            d_rest = None
+            d_before = (d_erased * recalled).sum((1, 2), keepdim=True)
+            d_whole = (d_end * state).sum((1, 2, 3), keepdim=True)
+        else:
+            d_before = (d_erased * (recalled - rest_recalled)).sum((1, 2), keepdim=True)
+            d_whole = (d_end * (state - rest)).sum((1, 2, 3), keepdim=True)
+            d_rest_recalled = d_erased.sub_(d_recalled)
+            d_rest = torch.baddbmm(_flat(d_end - d_state), _flat(d_rest_recalled), _flat(keys.mT)).view_as(d_end)
+            d_keys += rest.mT @ d_rest_recalled
+        if erasing.shape[1] < d_erasing.shape[1]:
+            d_erasing = d_erasing.sum(1, keepdim=True)
+        return (
+            d_state, d_rest, d_keys, d_gradients, d_recalled, d_rates, d_erasing,
+            d_between, d_before, d_after, d_whole, None, None,
+        )  # fmt: skip
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.flatten(0, 1)
