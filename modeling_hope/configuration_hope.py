@@ -86,8 +86,8 @@ class HopeConfig(PreTrainedConfig):
         memory_head_dim (`int`, *optional*):
             Width D of a head, at most 256. Unset: `hidden_size // num_memory_heads`, at most 256.
         memory_hidden_size (`int`, *optional*):
-            Hidden units m of a memory. Unset: `memory_head_dim`.
-        memory_chunk_size (`int`, defaults to 64):
+            Hidden units m of a memory. Unset: half of `memory_head_dim`.
+        memory_chunk_size (`int`, defaults to 16):
             Tokens after which the main memory's new weights are used by what is computed from it (Eq. 90).
         projection_chunk_size (`int`, *optional*):
             The same for the memories that make keys, values, rates and decays; one of the two is a multiple of the
@@ -187,7 +187,7 @@ class HopeConfig(PreTrainedConfig):
     num_memory_heads: int | None = None
     memory_head_dim: int | None = None
     memory_hidden_size: int | None = None
-    memory_chunk_size: int = 64
+    memory_chunk_size: int = 16
     projection_chunk_size: int | None = None
     memory_read: str = "token"
     adaptive_projections: list[str] | tuple[str, ...] = ("k", "v", "eta", "alpha")
@@ -242,7 +242,7 @@ class HopeConfig(PreTrainedConfig):
         if self.memory_head_dim is None:
             self.memory_head_dim = min(self.hidden_size // max(self.num_memory_heads, 1), LARGEST_MEMORY_HEAD)
         if self.memory_hidden_size is None:
-            self.memory_hidden_size = self.memory_head_dim
+            self.memory_hidden_size = max(self.memory_head_dim // 2, 1)
         if self.projection_chunk_size is None:
             self.projection_chunk_size = self.memory_chunk_size
         if self.memory_max_rate is None:

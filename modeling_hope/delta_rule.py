@@ -22,7 +22,7 @@ Shapes: G rows times heads, n states that differ in their keys, C tokens.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -74,9 +74,24 @@ def decay_of(log_alpha: torch.Tensor) -> Decay:
 
 def inverse(coupled: torch.Tensor) -> torch.Tensor:
     """(I + A)^-1 of strictly upper triangular A, `[..., C, C]`."""
-    identity = torch.eye(coupled.shape[-1], dtype=coupled.dtype, device=coupled.device).expand_as(coupled)
-    # From the right it takes half the time.
-    return torch.linalg.solve_triangular(coupled, identity, upper=True, unitriangular=True, left=False)
+    return _Inverse.apply(coupled)
+
+
+class _Inverse(torch.autograd.Function):
+    """Autograd's own backward solves again; the inverse is at hand."""
+
+    @staticmethod
+    def forward(ctx: Any, coupled: torch.Tensor) -> torch.Tensor:
+        identity = torch.eye(coupled.shape[-1], dtype=coupled.dtype, device=coupled.device).expand_as(coupled)
+        # From the right it takes half the time.
+        inverted = torch.linalg.solve_triangular(coupled, identity, upper=True, unitriangular=True, left=False)
+        ctx.save_for_backward(inverted)
+        return inverted
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (inverted,) = ctx.saved_tensors
+        return -(inverted.mT @ gradient @ inverted.mT).triu(1)
 
 
 def delta_chunk(
@@ -138,7 +153,7 @@ def delta_chunk(
     return Write(after, decay.whole * sums - driven @ carried, own)
 
 
-def read_within(
+def recall_within(
     state: torch.Tensor,
     rest: torch.Tensor | None,
     queries: torch.Tensor,

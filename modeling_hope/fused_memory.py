@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 
-from . import delta_rule, memory_rule
 from .delta_rule import Decay, Write, inverse
+from .delta_rule import delta_chunk as plain_delta_chunk
 from .memory_rule import SMALLEST, Inner, Maps, Rule
+from .memory_rule import inner_gradients as plain_inner_gradients
+from .memory_rule import read as plain_read
+from .memory_rule import read_within as plain_read_within
 
 
 class _WithPlainTwin(torch.autograd.Function):
@@ -41,7 +44,7 @@ class _WithPlainTwin(torch.autograd.Function):
 def read(maps: Maps, gamma: torch.Tensor | None, inputs: torch.Tensor) -> torch.Tensor:
     """`memory_rule.read`."""
     if gamma is None:
-        return memory_rule.read(maps, gamma, inputs)
+        return plain_read(maps, gamma, inputs)
     return _Read.apply(*maps, gamma, inputs)
 
 
@@ -58,7 +61,7 @@ class _Read(_WithPlainTwin):
         if torch.is_grad_enabled():
             return tuple(
                 _WithPlainTwin.again(
-                    lambda w2, w1, gamma, a: (memory_rule.read((w2, w1), gamma, a),),
+                    lambda w2, w1, gamma, a: (plain_read((w2, w1), gamma, a),),
                     (w2, w1, gamma, a),
                     ctx.needs_input_grad,
                     (d_read,),
@@ -98,7 +101,7 @@ def _first_backward(d_before: torch.Tensor, w2: torch.Tensor, a: torch.Tensor) -
 def inner_gradients(maps: Maps, gamma: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, rule: Rule) -> Inner:
     """`memory_rule.inner_gradients`."""
     if gamma is None:
-        return memory_rule.inner_gradients(maps, gamma, k, v, rule)
+        return plain_inner_gradients(maps, gamma, k, v, rule)
     hidden, square, at_hidden, at_out, recalled, recalled_out = _Inner.apply(*maps, gamma, k, v, rule)
     return Inner((k[:, None], hidden), (at_hidden, at_out), (recalled, recalled_out), (None, square))
 
@@ -150,7 +153,7 @@ class _Inner(_WithPlainTwin):
 
             def plain(*inputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
                 w2, w1, gamma, k, v = inputs
-                inner = memory_rule.inner_gradients((w2, w1), gamma, k, v, rule)
+                inner = plain_inner_gradients((w2, w1), gamma, k, v, rule)
                 return inner.keys[1], inner.squares[1], *inner.gradients, *inner.recalled
 
             return *_WithPlainTwin.again(plain, (w2, w1, gamma, k, v), ctx.needs_input_grad[:5], d), None
@@ -221,7 +224,7 @@ def delta_chunk(
 ) -> Write:
     """`delta_rule.delta_chunk`; fused where there is a delta term, a whole chunk, and no sum from parts before it."""
     if erasing is None or not ends or sums is not None:
-        return delta_rule.delta_chunk(
+        return plain_delta_chunk(
             state, rest, keys, gradients, recalled, rates, erasing, decay,
             ends=ends, momentum=momentum, sums=sums, tokens=tokens,
         )  # fmt: skip
@@ -276,7 +279,7 @@ class _Delta(_WithPlainTwin):
 
             def plain(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
                 decay = Decay(*tensors[7:])  # type: ignore[arg-type]
-                return delta_rule.delta_chunk(*tensors[:7], decay, momentum=ctx.momentum, tokens=ctx.tokens)  # type: ignore[arg-type, misc]
+                return plain_delta_chunk(*tensors[:7], decay, momentum=ctx.momentum, tokens=ctx.tokens)  # type: ignore[arg-type, misc]
 
             given = (state, rest, keys, gradients, recalled, rates, erasing, between, before, after, whole)
             found = _WithPlainTwin.again(plain, given, ctx.needs_input_grad[:11], (d_end, d_sums, d_own))
@@ -328,6 +331,115 @@ class _Delta(_WithPlainTwin):
             d_state, d_rest, d_keys, d_gradients, d_recalled, d_rates, d_erasing,
             d_between, d_before, d_after, d_whole, None, None,
         )  # fmt: skip
+
+
+def read_within(
+    maps: Maps,
+    rest: Maps | None,
+    gamma: torch.Tensor | None,
+    q: torch.Tensor,
+    keys: Maps,
+    tokens: Maps,
+    decay: Decay,
+) -> torch.Tensor:
+    """`memory_rule.read_within`; fused for deep memories with somewhere to rest."""
+    if gamma is None or rest is None:
+        return plain_read_within(maps, rest, gamma, q, keys, tokens, decay)
+    flat = (_flat(tensor) for tensor in (*maps, *rest, gamma, *keys, *tokens))
+    return _ReadWithin.apply(q, *flat, _flat(decay.between), _flat(decay.before))  # type: ignore[arg-type]
+
+
+class _ReadWithin(_WithPlainTwin):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        w2: torch.Tensor,
+        w1: torch.Tensor,
+        rest2: torch.Tensor,
+        rest1: torch.Tensor,
+        gamma: torch.Tensor,
+        k2: torch.Tensor,
+        k1: torch.Tensor,
+        u2: torch.Tensor,
+        u1: torch.Tensor,
+        between: torch.Tensor,
+        before: torch.Tensor,
+    ) -> torch.Tensor:
+        x, *first = _recall(torch.cat([w2, rest2], 1), q, k2, u2, between, before)
+        s = torch.sigmoid(x)
+        hidden = x * s
+        out, *second = _recall(torch.cat([w1, rest1], 1), hidden, k1, u1, between, before)
+        scale = out.square().mean(-2, keepdim=True).add_(SMALLEST).rsqrt_()
+        normed = out.mul_(scale)
+        ctx.save_for_backward(
+            q, w2, w1, rest2, rest1, gamma, k2, k1, u2, u1, between, before, s, hidden, scale, normed, *first, *second
+        )
+        return torch.addcmul(q, gamma, normed)
+
+    @staticmethod
+    def backward(ctx: Any, d_read: torch.Tensor) -> Any:
+        inputs, rest = ctx.saved_tensors[:12], ctx.saved_tensors[12:]
+        if torch.is_grad_enabled():
+
+            def plain(*tensors: torch.Tensor) -> tuple[torch.Tensor]:
+                q, *others, between, before = tensors
+                w2, w1, rest2, rest1, gamma, k2, k1, u2, u1 = (tensor[:, None] for tensor in others)
+                decay = Decay(between[:, None], before[:, None], before, before)
+                return (plain_read_within((w2, w1), (rest2, rest1), gamma, q, (k2, k1), (u2, u1), decay),)
+
+            return tuple(_WithPlainTwin.again(plain, inputs, ctx.needs_input_grad, (d_read,)))
+        q, w2, w1, rest2, rest1, gamma, k2, k1, u2, u1, between, before = inputs
+        s, hidden, scale, normed, match2, apart2, match1, apart1 = rest
+        d_gamma = (d_read * normed).sum(-1, keepdim=True)
+        d_out = _rms_backward(gamma * d_read, normed, scale)
+        second = _recall_backward(d_out, torch.cat([w1, rest1], 1), hidden, k1, u1, between, before, match1, apart1)
+        d_w1, d_rest1, d_hidden, d_k1, d_u1, d_between, d_before = second
+        d_x = d_hidden.mul_(torch.addcmul(hidden, hidden, s, value=-1).add_(s))
+        first = _recall_backward(d_x, torch.cat([w2, rest2], 1), q, k2, u2, between, before, match2, apart2)
+        d_w2, d_rest2, d_q, d_k2, d_u2, d_between2, d_before2 = first
+        return (
+            d_q.add_(d_read), d_w2, d_w1, d_rest2, d_rest1, d_gamma, d_k2, d_k1, d_u2, d_u1,
+            d_between.add_(d_between2), d_before.add_(d_before2),
+        )  # fmt: skip
+
+
+def _recall(
+    both: torch.Tensor,
+    x: torch.Tensor,
+    keys: torch.Tensor,
+    u: torch.Tensor,
+    between: torch.Tensor,
+    before: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """W_{t-1} x_t, from W_0 over R in `both`; and for the backward <k_s, x_t> and (W_0 - R) x_t."""
+    start, stay = torch.bmm(both, x).chunk(2, 1)
+    match = torch.bmm(keys.mT, x)
+    apart = start - stay
+    return torch.addcmul(stay, before, apart).baddbmm_(u, match * between, alpha=-1), match, apart
+
+
+def _recall_backward(
+    d: torch.Tensor,
+    both: torch.Tensor,
+    x: torch.Tensor,
+    keys: torch.Tensor,
+    u: torch.Tensor,
+    between: torch.Tensor,
+    before: torch.Tensor,
+    match: torch.Tensor,
+    apart: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """Of W_0, R, x, keys, u, between and before."""
+    d_u = torch.bmm(d, (match * between).mT).neg_()
+    d_decayed = torch.bmm(u.mT, d).neg_()
+    d_between = d_decayed * match
+    d_match = d_decayed.mul_(between)
+    d_start = d * before
+    d_both = torch.cat([d_start, d - d_start], 1)
+    d_w, d_rest = torch.bmm(d_both, x.mT).chunk(2, 1)
+    d_x = torch.bmm(both.mT, d_both).baddbmm_(keys, d_match)
+    return d_w, d_rest, d_x, torch.bmm(x, d_match.mT), d_u, d_between, (d * apart).sum(1, keepdim=True)
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

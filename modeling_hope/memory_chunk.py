@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional as F
 
-from .delta_rule import Decay, Write, read_within
-from .fused_memory import delta_chunk, inner_gradients
-from .memory_rule import SMALLEST, Maps, Rule, rms
+from .delta_rule import Decay, Write
+from .fused_memory import inner_gradients, read_within
+from .kernels import delta_chunk
+from .memory_rule import SMALLEST, Maps, Rule
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,18 @@ def part(maps: Maps, gamma: torch.Tensor | None, memories: slice, count: int) ->
     return some, None if gamma is None else gamma[:, memories]
 
 
+def first_memory(weights: FastWeights, constants: Constants) -> tuple[FastWeights, Constants]:
+    """A group cut down to its first memory, and to what reading within a chunk needs."""
+
+    def first(maps: Maps | None) -> Maps | None:
+        return None if maps is None else part(maps, None, slice(0, 1), constants.memories)[0]
+
+    now = first(weights.now)
+    start = now if weights.start is weights.now else first(weights.start)
+    gamma = None if constants.gamma is None else constants.gamma[:, :1]
+    return FastWeights(now, start), Constants(1, first(constants.rest), gamma, None)  # type: ignore[arg-type]
+
+
 class Written(NamedTuple):
     """
     What a chunk writes into a group: for each map the keys `[G, n, in, C]`, and what `delta_chunk` returned.
@@ -89,6 +101,9 @@ def write(
         ends: whether the weights at the chunk's end are wanted.
         by_token: whether the group's first memory is read within the chunk.
     """
+    if not ends:
+        # Only the memory that is read within the chunk is of interest.
+        weights, constants = first_memory(weights, constants)
     inner = inner_gradients(weights.start, constants.gamma, k, v, rule)
     found = []
     for i, (keys, gradients, recalled, square) in enumerate(zip(*inner, strict=True)):
@@ -120,18 +135,11 @@ def read_tokens(
     weights: FastWeights, constants: Constants, written: Written, q: torch.Tensor, decay: Decay
 ) -> torch.Tensor:
     """M_{t-1}(q_t) of the group's first memory for every token of a chunk: `q` `[G, D, C]` to `[G, D, C]`."""
-    x = q[:, None]
-    rest = constants.rest if constants.rest is not None else (None,) * len(weights.now)
-    for i, (maps, stay, keys, done) in enumerate(zip(weights.now, rest, *written, strict=True)):
-        if i:
-            x = F.silu(x)
-        assert done.tokens is not None
-        rows = done.tokens.shape[2]
-        stay = None if stay is None else stay[:, :1, :rows]
-        x = read_within(maps[:, :1, :rows], stay, x, keys[:, :1], done.tokens, decay)
-    if constants.gamma is not None:
-        x = q[:, None] + constants.gamma[:, :1] * rms(x)
-    return x[:, 0]
+    maps, gamma = part(weights.now, constants.gamma, slice(0, 1), constants.memories)
+    rest = None if constants.rest is None else part(constants.rest, None, slice(0, 1), constants.memories)[0]
+    tokens: Maps = tuple(done.tokens for done in written.writes)  # type: ignore[misc]
+    keys = tuple(keys[:, :1] for keys in written.keys)
+    return read_within(maps, rest, gamma, q, keys, tokens, decay)
 
 
 def after_chunk(weights: FastWeights, constants: Constants, written: Written, ends: bool | torch.Tensor) -> FastWeights:

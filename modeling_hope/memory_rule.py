@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from .delta_rule import Decay, recall_within
+
 
 Maps = tuple[torch.Tensor, ...]
 
@@ -102,3 +104,33 @@ def inner_gradients(maps: Maps, gamma: torch.Tensor | None, k: torch.Tensor, v: 
         (recalled, out[..., :size]),
         (None, hidden.square().sum(-2, keepdim=True)),
     )
+
+
+def read_within(
+    maps: Maps,
+    rest: Maps | None,
+    gamma: torch.Tensor | None,
+    q: torch.Tensor,
+    keys: Maps,
+    tokens: Maps,
+    decay: Decay,
+) -> torch.Tensor:
+    """
+    M_{t-1}(q_t) of one memory for every token of a chunk.
+
+    Args:
+        maps, rest, gamma: of this memory (X = 1), as the chunk finds them.
+        q: `[G, D, C]`.
+        keys, tokens: for each map, the keys `[G, 1, in, C]` and u_t `[G, 1, out, C]` of the chunk's writes.
+
+    Returns:
+        `[G, D, C]`.
+    """
+    x = q[:, None]
+    for i, weights in enumerate(maps):
+        if i:
+            x = F.silu(x)
+        x = recall_within(weights, None if rest is None else rest[i], x, keys[i], tokens[i], decay)
+    if gamma is not None:
+        x = q[:, None] + gamma * rms(x)
+    return x[:, 0]

@@ -23,7 +23,7 @@ from .mixer_state import MixerState
 
 
 CONV_WIDTH = 4
-START_RATE, START_DECAY, START_OUTER = 0.1, 0.995, 0.2
+START_RATE, START_DECAY, START_OUTER, START_MOMENTUM = 0.1, 0.995, 0.2, 0.1
 
 
 class MemoryState(MixerState):
@@ -108,7 +108,7 @@ class Memories(nn.Module):
         if self.deep:
             init.constant_(self.gamma, self.gamma.shape[-1] ** -0.5)
         if self.momentum is not None:
-            init.zeros_(self.momentum)
+            init.constant_(self.momentum, _logit(START_MOMENTUM))
 
 
 class HeadScalars(nn.Module):
@@ -128,7 +128,7 @@ class HeadScalars(nn.Module):
     def initialise(self) -> None:
         """The sigmoid starts near `start`, and not so exactly that the memory would have no gradient."""
         init.normal_(self.weight, std=self.weight.shape[-1] ** -0.5)
-        init.constant_(self.bias, math.log(self.start / (1 - self.start)))
+        init.constant_(self.bias, _logit(self.start))
 
 
 class StaticScalars(nn.Linear):
@@ -139,7 +139,7 @@ class StaticScalars(nn.Linear):
         self.start = start
 
     def initialise(self) -> None:
-        init.constant_(self.bias, math.log(self.start / (1 - self.start)))
+        init.constant_(self.bias, _logit(self.start))
 
 
 class ShortConvolution(nn.Module):
@@ -371,6 +371,10 @@ class SelfModifyingMemory(nn.Module):
                     for map_name, weight in zip(self.memories.map_names, maps, strict=True):
                         tensors[f"{name}.{kind}.{map_name}"] = weight.unflatten(0, (-1, self.heads))
         return MemoryState(**tensors)
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1 - share))
 
 
 def _for_rows(parameter: torch.Tensor, batch: int) -> torch.Tensor:
