@@ -12,17 +12,19 @@ line printed is JSON. On the CPU, in float32, in train mode, on random tokens an
 
 The models:
 
-    hope                 every layer's mixer a self-modifying memory, heads of 64, else the defaults of HopeConfig; its
-                         levels are plain MLPs, as in training unless `cms_training` says otherwise. The gradient goes
-                         through the memory's updates.
+    hope                 every layer's mixer a self-modifying memory, heads of 64, chunks of 64 as titans has, else the
+                         defaults of HopeConfig; its levels are plain MLPs, as in training unless `cms_training` says
+                         otherwise. The gradient goes through the memory's updates.
     hope-saving-memory   the same, with each layer's activations made again in the backward pass.
+    hope-short-chunks    the same with the default chunks, of 16.
     llama                Transformers' Llama, heads of 64, attention with sdpa, an MLP of 8/3 widths.
     titans               titans-pytorch 0.5.5, which has no such model ready-made: blocks of its NeuralMemory (which
                          norms its input) and of a SwiGLU MLP of Llama's width, both residual, embedding and head. Heads
-                         of 64, chunks of 64 tokens, else its defaults: an MLP of 64 - 256 - 64 for each head, momentum,
-                         and `batch_size` unset, so that the gradients of all chunks are taken at once, at the memory's
-                         initial weights. That is its fastest setting, and leaves out that what a chunk writes depends
-                         on what those before it wrote. The gradient goes through the updates.
+                         of 64, chunks of 64 tokens, `batch_size` 64, so that what a chunk writes depends on what those
+                         before it wrote, as it does in hope; else its defaults: an MLP of 64 - 256 - 64 for each head,
+                         and momentum. The gradient goes through the updates.
+    titans-at-start      the same with `batch_size` unset: the gradients of all chunks are taken at once, at the memory's
+                         initial weights. Its fastest setting.
     nested-learning      nested-learning 0.2.0, block_variant "hope_selfmod" with the memories of its preset
                          pilot_selfmod_paper_faithful: those that project are written every 8 tokens, the main one
                          every 64, which is within a few percent of its fastest chunks. They have one head, as wide as
@@ -62,6 +64,7 @@ PATIENCE_SECONDS = 30
 # nested-learning asks for a huggingface_hub too old for Transformers; what of it is measured needs nothing besides torch.
 PEERS = {
     "titans": "pip install titans-pytorch==0.5.5",
+    "titans-at-start": "pip install titans-pytorch==0.5.5",
     "nested-learning": "pip install --no-deps nested-learning==0.2.0",
 }
 SIZES = {
@@ -166,7 +169,7 @@ def of_transformers(model: Any) -> Measured:
     return Measured(model.train(), lambda ids: model(ids, use_cache=False).logits, train)
 
 
-def hope(sizes: argparse.Namespace) -> Measured:
+def hope(sizes: argparse.Namespace, **fields: Any) -> Measured:
     from modeling_hope import HopeConfig, HopeForCausalLM
 
     config = HopeConfig(
@@ -175,6 +178,7 @@ def hope(sizes: argparse.Namespace) -> Measured:
         num_hidden_layers=sizes.layers,
         num_attention_heads=sizes.width // HEAD_DIM,
         layer_types=["hope_memory"] * sizes.layers,
+        **({"memory_chunk_size": CHUNK} | fields),
     )
     return of_transformers(HopeForCausalLM(config))
 
@@ -183,6 +187,10 @@ def hope_saving_memory(sizes: argparse.Namespace) -> Measured:
     measured: Any = hope(sizes)
     measured.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return measured
+
+
+def hope_short_chunks(sizes: argparse.Namespace) -> Measured:
+    return hope(sizes, memory_chunk_size=16)
 
 
 def llama(sizes: argparse.Namespace) -> Measured:
@@ -203,12 +211,14 @@ def llama(sizes: argparse.Namespace) -> Measured:
 class TitansBlock(nn.Module):
     """A neural memory, then a SwiGLU MLP, each added to what it reads, `[batch, length, width]`."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, batch_size: int | None):
         super().__init__()
         from titans_pytorch import NeuralMemory
 
         hidden = llama_mlp_width(width)
-        self.memory = NeuralMemory(dim=width, chunk_size=CHUNK, heads=width // HEAD_DIM, dim_head=HEAD_DIM)
+        self.memory = NeuralMemory(
+            dim=width, chunk_size=CHUNK, batch_size=batch_size, heads=width // HEAD_DIM, dim_head=HEAD_DIM
+        )
         self.norm = nn.RMSNorm(width)
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
@@ -219,11 +229,15 @@ class TitansBlock(nn.Module):
         return hidden + self.down(F.silu(gate) * up)
 
 
-def titans(sizes: argparse.Namespace) -> Measured:
-    blocks = [TitansBlock(sizes.width) for _ in range(sizes.layers)]
+def titans(sizes: argparse.Namespace, batch_size: int | None = CHUNK) -> Measured:
+    blocks = [TitansBlock(sizes.width, batch_size) for _ in range(sizes.layers)]
     head = nn.Linear(sizes.width, sizes.vocab, bias=False)
     model = nn.Sequential(nn.Embedding(sizes.vocab, sizes.width), *blocks, nn.RMSNorm(sizes.width), head)
     return Measured(model, model, lambda ids: next_token_loss(model(ids), ids).backward())
+
+
+def titans_at_start(sizes: argparse.Namespace) -> Measured:
+    return titans(sizes, batch_size=None)
 
 
 def nested_learning(sizes: argparse.Namespace) -> Measured:
@@ -259,8 +273,10 @@ def nested_learning(sizes: argparse.Namespace) -> Measured:
 MODELS: dict[str, Callable[[argparse.Namespace], Measured]] = {
     "hope": hope,
     "hope-saving-memory": hope_saving_memory,
+    "hope-short-chunks": hope_short_chunks,
     "llama": llama,
     "titans": titans,
+    "titans-at-start": titans_at_start,
     "nested-learning": nested_learning,
 }
 

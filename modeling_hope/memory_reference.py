@@ -39,6 +39,14 @@ class SlowMemory:
         self.heads = [SlowHead(parameters, config, head) for head in range(config.num_memory_heads)]  # type: ignore[arg-type]
         self.past = [torch.zeros_like(parameters["conv.weight"][:, 0, 0])] * 3
 
+    def detach(self) -> None:
+        """Forget how the memory came to be what it is."""
+        self.past = [x.detach() for x in self.past]
+        for head in self.heads:
+            for kind in (head.start, head.now, head.momentum, head.written):
+                for name, maps in kind.items():
+                    kind[name] = [weights.detach() for weights in maps]
+
     def step(self, x: torch.Tensor) -> torch.Tensor:
         """`x`: the block's normed input at one token, `[hidden_size]`; returns the mixer's output, the same shape."""
         window = [*self.past, x]
@@ -130,15 +138,16 @@ class SlowHead:
         """
         c, start = self.c, self.start[name]
         target = self.apply(name, start, v) if c.memory_self_values else v
-        inputs, outputs = [k], [start[0] @ k]
-        read = outputs[0]
-        if len(start) == 2:
-            inputs.append(silu(outputs[0]))
-            outputs.append(start[1] @ inputs[1])
-            read = k + self._of(name, "gamma") * rms(outputs[1])
-        loss = 0.5 * (read - target).square().sum() if c.memory_objective == "l2" else -(read * target).sum()
-        # The target depends on the same weights and not on these outputs, so it is constant.
-        gradients = _gradients(loss, outputs)
+        with torch.enable_grad():
+            inputs, outputs = [k], [_traced(start[0] @ k)]
+            read = outputs[0]
+            if len(start) == 2:
+                inputs.append(silu(outputs[0]))
+                outputs.append(_traced(start[1] @ inputs[1]))
+                read = k + self._of(name, "gamma") * rms(outputs[1])
+            loss = 0.5 * (read - target).square().sum() if c.memory_objective == "l2" else -(read * target).sum()
+            # The target depends on the same weights and not on these outputs, so it is constant.
+            gradients = torch.autograd.grad(loss, outputs, create_graph=True)
         for i, (x, g) in enumerate(zip(inputs, gradients, strict=True)):
             key = x if i == 0 else unit(x)
             erased = torch.outer(key, key) if c.memory_delta_decay else torch.zeros_like(torch.outer(key, key))
@@ -161,8 +170,6 @@ class SlowHead:
         self.start[name] = list(self.now[name])
 
 
-def _gradients(loss: torch.Tensor, outputs: Maps) -> Maps:
-    """Of the loss at the maps' outputs, differentiable themselves."""
-    if not loss.requires_grad:
-        raise ValueError("Run under `torch.enable_grad()` with parameters that require gradients.")
-    return list(torch.autograd.grad(loss, outputs, create_graph=True))
+def _traced(a: torch.Tensor) -> torch.Tensor:
+    """Something to take a gradient at, whether or not the parameters ask for one."""
+    return a if a.requires_grad else a.detach().requires_grad_()

@@ -20,8 +20,21 @@ TINY = {
 }
 
 
+MEMORY = {"layer_types": ["hope_memory"] * 2, "sliding_window": None, "num_memory_heads": 2, "memory_chunk_size": 3}
+FAMILIES = {"attention": {}, "memory": MEMORY, "hybrid": {**MEMORY, "layer_types": ["hope_memory", "full_attention"]}}
+_family = {}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    """Runs a test for each kind of mixer: `tiny_config` builds what this says."""
+    _family.update(FAMILIES[request.param])
+    yield request.param
+    _family.clear()
+
+
 def tiny_config(**fields):
-    return HopeConfig(**{**TINY, **fields})
+    return HopeConfig(**{**TINY, **_family, **fields})
 
 
 def tiny_model(seed=0, dtype=torch.float64, **fields):

@@ -1,11 +1,14 @@
 """
 Hope, slowly: one full copy of the weights per row, one token at a time, and `torch.autograd.grad` on the segment loss.
 
-Written from the equations alone; it shares no code with the model but the names of the weights.
+Written from the equations alone; it shares no code with the model but the names of the weights. The self-modifying memory
+is its reference, `modeling_hope/memory_reference.py`.
 """
 
 import torch
 from torch.nn.functional import cross_entropy, silu
+
+from modeling_hope.memory_reference import SlowMemory
 
 
 class SlowHope:
@@ -19,6 +22,11 @@ class SlowHope:
         self.outer = outer
         self.slow = {name: tensor.detach().clone().requires_grad_(outer) for name, tensor in model.state_dict().items()}
         self.own = dict(self.slow)
+        self.memories = {
+            layer: SlowMemory(self._parameters(f"model.layers.{layer}.mixer."), c)
+            for layer, kind in enumerate(c.layer_types)
+            if kind == "hope_memory"
+        }
         self.keys = [[] for _ in range(c.num_hidden_layers)]
         self.values = [[] for _ in range(c.num_hidden_layers)]
         self.seen = 0
@@ -45,6 +53,9 @@ class SlowHope:
         self.pairs = dict.fromkeys(self.levels, 0)
         self.updates = dict.fromkeys(self.levels, 0)
         self.segments = self.skipped = 0
+
+    def _parameters(self, prefix):
+        return {name[len(prefix) :]: tensor for name, tensor in self.slow.items() if name.startswith(prefix)}
 
     def norm(self, x, name):
         return x / (x.pow(2).mean() + self.config.rms_norm_eps).sqrt() * self.own[name]
@@ -122,7 +133,9 @@ class SlowHope:
     def token(self, token, position, mask):
         x = self.own["model.embed_tokens.weight"][token]
         for layer in range(self.config.num_hidden_layers):
-            x = x + self.attention(self.norm(x, f"model.layers.{layer}.input_layernorm.weight"), layer, position)
+            normed = self.norm(x, f"model.layers.{layer}.input_layernorm.weight")
+            memory = self.memories.get(layer)
+            x = x + (memory.step(normed) if memory else self.attention(normed, layer, position))
             x = self.memory(x, layer, mask)
         return self.own["lm_head.weight"] @ self.norm(x, "model.norm.weight")
 
@@ -151,6 +164,8 @@ class SlowHope:
             if not self.outer:
                 self.keys = [[k.detach() for k in keys] for keys in self.keys]
                 self.values = [[v.detach() for v in values] for values in self.values]
+                for memory in self.memories.values():
+                    memory.detach()
             if whole:
                 self.act(stop)
         return torch.stack(logits)

@@ -5,7 +5,7 @@ import torch
 
 from modeling_hope import HopeCache
 
-from .conftest import random_ids, tiny_model
+from .conftest import MEMORY, random_ids, tiny_model
 from .slow_hope import SlowHope
 
 
@@ -32,6 +32,9 @@ CASES = {
     "first level nowhere": {"cms_levels_per_layer": [[1], [2]]},
     "sliding only": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 3, "attention_sinks": 1},
     "no sinks": {"attention_sinks": 0, "sliding_window": 3},
+    "memory": {**MEMORY, "memory_chunk_size": 3},
+    "memory, chunks and reads": {**MEMORY, "memory_chunk_size": 8, "projection_chunk_size": 4, "memory_read": "chunk"},
+    "hybrid": {"layer_types": ["hope_memory", "sliding_attention"], "num_memory_heads": 2, "memory_chunk_size": 5},
 }
 
 
@@ -75,9 +78,10 @@ def test_learned_rates_are_used(variant):
         assert not torch.allclose(fixed(ids).logits, learned(ids).logits, atol=1e-4)
 
 
-def test_outer_gradients_of_first_order_training():
+@pytest.mark.parametrize("fields", [{}, {**MEMORY, "memory_chunk_size": 3}], ids=["attention", "memory"])
+def test_outer_gradients_of_first_order_training(fields):
     """In train() mode the updates run in the forward pass and are constants for the outer gradient."""
-    model = tiny_model(cms_training="first_order").train()
+    model = tiny_model(cms_training="first_order", **fields).train()
     ids = random_ids(1, 22)
     loss = model(ids, labels=ids).loss
     loss.backward()

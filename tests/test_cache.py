@@ -11,8 +11,11 @@ from modeling_hope.fast_weights import LevelMemory
 from .conftest import assert_same_memory, random_ids, tiny_model
 
 
-@pytest.fixture(scope="module")
-def model():
+pytestmark = pytest.mark.usefixtures("family")
+
+
+@pytest.fixture
+def model(family):
     return tiny_model()
 
 

@@ -10,10 +10,8 @@ from hypothesis import strategies as st
 from modeling_hope import HopeCache
 from modeling_hope.self_modifying_memory import SelfModifyingMemory
 
-from .conftest import TINY, assert_same_memory, random_ids, tiny_model
+from .conftest import MEMORY, TINY, assert_same_memory, random_ids, tiny_model
 
-
-MEMORY = {"layer_types": ["hope_memory"] * 2, "sliding_window": None, "num_memory_heads": 2, "memory_hidden_size": 5}
 
 CONFIGS = [
     {},

@@ -10,11 +10,14 @@ from modeling_hope import HopeCache
 from .conftest import assert_same_memory, random_ids, tiny_model
 
 
+pytestmark = pytest.mark.usefixtures("family")
+
+
 TOLERANCE = {"rtol": 1e-8, "atol": 1e-9}
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture
+def model(family):
     return tiny_model(eos_token_id=None, bos_token_id=None)
 
 
