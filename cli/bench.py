@@ -114,7 +114,7 @@ def speed_table(console: Any, results: dict[int, dict[str, Any]], arguments: arg
     forward, train = "forward", "forward and\nbackward"
     for heading in ("parameters", f"{forward}\nseconds", "tokens/s", f"{train}\nseconds", "tokens/s", "peak\nMiB"):
         made.add_column(heading, justify="right")
-    for heading in (f"hope / this\n{forward}", f"hope / this\n{train}"):
+    for heading in (f"this / hope\n{forward}", f"this / hope\n{train}"):
         made.add_column(heading, justify="right")
     notes: dict[str, None] = {}
     for length, found in results.items():
@@ -139,10 +139,10 @@ def speed_table(console: Any, results: dict[int, dict[str, Any]], arguments: arg
 
 
 def ratio(found: dict[str, Any], name: str, step: str) -> str:
-    """Hope's time for a pass, in times of another model's."""
+    """Another model's time for a pass, in times of hope's."""
     if step not in found.get("hope", {}):
         return "-"
-    return f"{statistics.median(found['hope'][step]) / statistics.median(found[name][step]):.3g}x"
+    return f"{statistics.median(found[name][step]) / statistics.median(found['hope'][step]):.3g}x"
 
 
 def decoding_table(console: Any, figures: dict[str, Any]) -> None:

@@ -26,7 +26,6 @@ class ChunkPlan:
         self.counts = [opened + length for opened, length in zip(self.opened, span.lengths, strict=True)]
         self.columns = max(self.opened) + span.width
         self.aligned = len(set(self.opened)) == 1
-        self.filled = min(self.counts) == self.columns
 
     def join(self, opened: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
         """
@@ -88,15 +87,6 @@ class ChunkPlan:
         if len(set(ends)) == 1:
             return ends[0]
         return self.by_head(torch.tensor(ends, device=self.span.device), heads)
-
-    def real(self, index: int, heads: int) -> torch.Tensor | None:
-        """`[batch times H, C]` bool, which columns of a chunk hold tokens; `None` when all do."""
-        if self.filled:
-            return None
-        start, stop = index * self.size, min((index + 1) * self.size, self.columns)
-        columns = torch.arange(start, stop, device=self.span.device)
-        counts = torch.tensor(self.counts, device=self.span.device)
-        return (columns < counts[:, None]).repeat_interleave(heads, 0)
 
     def by_head(self, rows: torch.Tensor, heads: int) -> torch.Tensor:
         """`[batch]` to `[batch times H, 1, 1, 1]`."""

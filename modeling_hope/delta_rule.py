@@ -60,7 +60,7 @@ class Write(NamedTuple):
 
 
 def decay_of(log_alpha: torch.Tensor) -> Decay:
-    """`log_alpha`: `[G, C]`, at most 0; 0 at padded tokens."""
+    """`log_alpha`: `[G, C]`, at most 0."""
     total = log_alpha.cumsum(-1)
     before = total - log_alpha
     size = log_alpha.shape[-1]
@@ -118,8 +118,8 @@ def delta_chunk(
         keys: `[G, n, in, C]`.
         gradients: g, `[G, n, out, C]`.
         recalled: W_0 k, the same shape.
-        rates: b, `[G, 1, 1, C]`; 0 at padded tokens.
-        erasing: e, `[G, n, 1, C]`, 0 at padded tokens; `None` without a delta term.
+        rates: b, `[G, 1, 1, C]`.
+        erasing: e, `[G, n, 1, C]`; `None` without a delta term.
         ends: whether the state at the chunk's end is wanted.
         momentum: whether the sum of what the gradients write is wanted as well.
         sums: that sum over earlier parts of a longer chunk, as `state`; `None` for zero.

@@ -57,7 +57,7 @@ def delta_chunk(
             state[:, :1, :tokens], None if rest is None else rest[:, :1, :tokens], keys[:, :1], *first,
             rates, erasing[:, :1], decay, ends=False, tokens=tokens,
         ).tokens  # fmt: skip
-    # rates / erasing is |k|^2 where a token is real; elsewhere beta is 0 and the value does not count.
+    # rates / erasing is |k|^2; where a rate has underflowed beta is 0 and the value does not count.
     driven = gradients * (rates / erasing.masked_fill(erasing == 0, 1))
     if rest is None:
         after = _by_kernel(kernel, state, keys, driven, erasing, decay)

@@ -97,7 +97,7 @@ def write(
     Write a chunk of keys and values `[G, D, C]` into each map of a group.
 
     Args:
-        rates: b, `[G, 1, 1, C]`; 0 at padded tokens.
+        rates: b, `[G, 1, 1, C]`.
         ends: whether the weights at the chunk's end are wanted.
         by_token: whether the group's first memory is read within the chunk.
     """

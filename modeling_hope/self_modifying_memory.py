@@ -284,9 +284,6 @@ class SelfModifyingMemory(nn.Module):
         for index, (q, streams) in enumerate(zip(plan.chunks(queries), plan.chunks(kept), strict=True)):
             whole = plan.whole(index, keep_state)
             k, v, rates, log_alpha, q = self._project(weights[last].start, constants[last], streams, q)
-            real = plan.real(index, self.heads)
-            if real is not None:
-                rates, log_alpha = rates * real, log_alpha * real
             rates, decay = rates[:, None, None], decay_of(log_alpha)
             written = {}
             for name, group_weights in weights.items():
