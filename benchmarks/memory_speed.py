@@ -25,6 +25,8 @@ The models:
                          and momentum. The gradient goes through the updates.
     titans-at-start      the same with `batch_size` unset: the gradients of all chunks are taken at once, at the memory's
                          initial weights. Its fastest setting.
+    titans-defaults      `NeuralMemory(dim=width, chunk_size=64)`, all else the package's defaults: one head as wide as
+                         the model, `batch_size` unset.
     nested-learning      nested-learning 0.2.0, block_variant "hope_selfmod" with the memories of its preset
                          pilot_selfmod_paper_faithful: those that project are written every 8 tokens, the main one
                          every 64, which is within a few percent of its fastest chunks. They have one head, as wide as
@@ -65,6 +67,7 @@ PATIENCE_SECONDS = 30
 PEERS = {
     "titans": "pip install titans-pytorch==0.5.5",
     "titans-at-start": "pip install titans-pytorch==0.5.5",
+    "titans-defaults": "pip install titans-pytorch==0.5.5",
     "nested-learning": "pip install --no-deps nested-learning==0.2.0",
 }
 SIZES = {
@@ -211,14 +214,12 @@ def llama(sizes: argparse.Namespace) -> Measured:
 class TitansBlock(nn.Module):
     """A neural memory, then a SwiGLU MLP, each added to what it reads, `[batch, length, width]`."""
 
-    def __init__(self, width: int, batch_size: int | None):
+    def __init__(self, width: int, options: dict[str, Any]):
         super().__init__()
         from titans_pytorch import NeuralMemory
 
         hidden = llama_mlp_width(width)
-        self.memory = NeuralMemory(
-            dim=width, chunk_size=CHUNK, batch_size=batch_size, heads=width // HEAD_DIM, dim_head=HEAD_DIM
-        )
+        self.memory = NeuralMemory(dim=width, chunk_size=CHUNK, **options)
         self.norm = nn.RMSNorm(width)
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
@@ -229,15 +230,19 @@ class TitansBlock(nn.Module):
         return hidden + self.down(F.silu(gate) * up)
 
 
-def titans(sizes: argparse.Namespace, batch_size: int | None = CHUNK) -> Measured:
-    blocks = [TitansBlock(sizes.width, batch_size) for _ in range(sizes.layers)]
+def titans(sizes: argparse.Namespace) -> Measured:
+    return titans_of(sizes, heads=sizes.width // HEAD_DIM, dim_head=HEAD_DIM, batch_size=CHUNK)
+
+
+def titans_of(sizes: argparse.Namespace, **options: Any) -> Measured:
+    blocks = [TitansBlock(sizes.width, options) for _ in range(sizes.layers)]
     head = nn.Linear(sizes.width, sizes.vocab, bias=False)
     model = nn.Sequential(nn.Embedding(sizes.vocab, sizes.width), *blocks, nn.RMSNorm(sizes.width), head)
     return Measured(model, model, lambda ids: next_token_loss(model(ids), ids).backward())
 
 
 def titans_at_start(sizes: argparse.Namespace) -> Measured:
-    return titans(sizes, batch_size=None)
+    return titans_of(sizes, heads=sizes.width // HEAD_DIM, dim_head=HEAD_DIM)
 
 
 def nested_learning(sizes: argparse.Namespace) -> Measured:
@@ -277,6 +282,7 @@ MODELS: dict[str, Callable[[argparse.Namespace], Measured]] = {
     "llama": llama,
     "titans": titans,
     "titans-at-start": titans_at_start,
+    "titans-defaults": titans_of,
     "nested-learning": nested_learning,
 }
 

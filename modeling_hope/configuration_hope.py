@@ -73,6 +73,9 @@ class HopeConfig(PreTrainedConfig):
         intermediate_size (`int` or `list[int]`, *optional*):
             Hidden units of a level's MLP, one number for all levels or one per level. Unset: a layer's levels together
             have about the parameters of one Llama MLP of this width.
+        initializer_range (`float`, *optional*):
+            Standard deviation of initial linear maps and embeddings. Unset: `hidden_size ** -0.5`, with which maps keep
+            the size of their inputs at every width.
         layer_types (`list[str]`, *optional*):
             The mixer of each layer: `"hope_memory"` (the self-modifying memory), `"full_attention"` or
             `"sliding_attention"`. Unset: all `"hope_memory"`, or all `"sliding_attention"` when `sliding_window` is set.
@@ -170,7 +173,7 @@ class HopeConfig(PreTrainedConfig):
     head_dim: int | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 8192
-    initializer_range: float = 0.02
+    initializer_range: float | None = None
     rms_norm_eps: float = 1e-6
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -237,6 +240,8 @@ class HopeConfig(PreTrainedConfig):
             mixer = "hope_memory" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [mixer] * self.num_hidden_layers
         self.layer_types = list(self.layer_types)
+        if self.initializer_range is None:
+            self.initializer_range = self.hidden_size**-0.5
         if self.num_memory_heads is None:
             self.num_memory_heads = self.num_attention_heads
         if self.memory_head_dim is None:

@@ -23,7 +23,7 @@ from .mixer_state import MixerState
 
 
 CONV_WIDTH = 4
-START_RATE, START_DECAY, START_OUTER, START_MOMENTUM = 0.1, 0.9995, 0.2, 0.1
+START_RATE, START_DECAY, START_OUTER, START_MOMENTUM = 0.02, 0.9995, 0.2, 0.1
 
 
 class MemoryState(MixerState):
