@@ -242,7 +242,9 @@ def test_beams_end_where_the_search_ended(model):
     model.generation_config.eos_token_id = free[2]
     try:
         memory = HopeCache(model.config)
-        model.generate(prompt, eos_token_id=None, pad_token_id=free[-1], past_key_values=memory, **options)
+        # The prompt may hold that token too: the mask says that it is no padding.
+        told = {"attention_mask": torch.ones_like(prompt), "eos_token_id": None, "pad_token_id": free[-1]}
+        model.generate(prompt, past_key_values=memory, **told, **options)
     finally:
         model.generation_config.eos_token_id = None
     assert memory.rows[0].ids[10:].tolist() == free[:-1] and memory.rows[0].pending == free[-1]
