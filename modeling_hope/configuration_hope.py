@@ -383,8 +383,8 @@ class HopeConfig(PreTrainedConfig):
         _one_of("memory_objective", self.memory_objective, OBJECTIVES)
         for name in self.adaptive_projections:
             _one_of("adaptive_projections", name, PROJECTIONS)
-        chunks = (self.memory_chunk_size, self.projection_chunk_size)
-        if max(chunks) % min(chunks):  # type: ignore[type-var]
+        chunks: tuple[int, int] = (self.memory_chunk_size, self.projection_chunk_size)  # type: ignore[assignment]
+        if max(chunks) % min(chunks):
             raise ValueError(
                 f"`memory_chunk_size` ({chunks[0]}) and `projection_chunk_size` ({chunks[1]}): one must be a multiple of "
                 "the other."

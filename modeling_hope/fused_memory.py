@@ -228,9 +228,7 @@ def delta_chunk(
             state, rest, keys, gradients, recalled, rates, erasing, decay,
             ends=ends, momentum=momentum, sums=sums, tokens=tokens,
         )  # fmt: skip
-    return Write(
-        *_Delta.apply(state, rest, keys, gradients, recalled, rates, erasing, *decay, momentum, tokens)  # type: ignore[arg-type]
-    )
+    return Write(*_Delta.apply(state, rest, keys, gradients, recalled, rates, erasing, *decay, momentum, tokens))
 
 
 class _Delta(_WithPlainTwin):
@@ -279,7 +277,7 @@ class _Delta(_WithPlainTwin):
 
             def plain(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
                 decay = Decay(*tensors[7:])  # type: ignore[arg-type]
-                return plain_delta_chunk(*tensors[:7], decay, momentum=ctx.momentum, tokens=ctx.tokens)  # type: ignore[arg-type, misc]
+                return plain_delta_chunk(*tensors[:7], decay, momentum=ctx.momentum, tokens=ctx.tokens)  # type: ignore[arg-type, call-arg]
 
             given = (state, rest, keys, gradients, recalled, rates, erasing, between, before, after, whole)
             found = _WithPlainTwin.again(plain, given, ctx.needs_input_grad[:11], (d_end, d_sums, d_own))
@@ -346,7 +344,7 @@ def read_within(
     if gamma is None or rest is None:
         return plain_read_within(maps, rest, gamma, q, keys, tokens, decay)
     flat = (_flat(tensor) for tensor in (*maps, *rest, gamma, *keys, *tokens))
-    return _ReadWithin.apply(q, *flat, _flat(decay.between), _flat(decay.before))  # type: ignore[arg-type]
+    return _ReadWithin.apply(q, *flat, _flat(decay.between), _flat(decay.before))
 
 
 class _ReadWithin(_WithPlainTwin):

@@ -52,10 +52,9 @@ def delta_chunk(
         )  # fmt: skip
     own = None
     if tokens:
-        first = (part[:, :1, :tokens] for part in (gradients, recalled))
         own = torch_delta_chunk(
-            state[:, :1, :tokens], None if rest is None else rest[:, :1, :tokens], keys[:, :1], *first,
-            rates, erasing[:, :1], decay, ends=False, tokens=tokens,
+            state[:, :1, :tokens], None if rest is None else rest[:, :1, :tokens], keys[:, :1],
+            gradients[:, :1, :tokens], recalled[:, :1, :tokens], rates, erasing[:, :1], decay, ends=False, tokens=tokens,
         ).tokens  # fmt: skip
     # rates / erasing is |k|^2; where a rate has underflowed beta is 0 and the value does not count.
     driven = gradients * (rates / erasing.masked_fill(erasing == 0, 1))

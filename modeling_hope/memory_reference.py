@@ -96,7 +96,7 @@ class SlowHead:
     def _project(self, name: str, u: torch.Tensor) -> torch.Tensor:
         """This head's part of a slow linear map of u, `[D]`."""
         d = self.c.memory_head_dim
-        return self.p[f"{name}_proj.weight"].unflatten(0, (-1, d))[self.head] @ u  # type: ignore[arg-type]
+        return self.p[f"{name}_proj.weight"].unflatten(0, (-1, d))[self.head] @ u
 
     def _scalar(self, name: str, u: torch.Tensor, z: torch.Tensor | None) -> torch.Tensor:
         """The sigmoid that makes a rate or a decay, Eq. 87."""
@@ -116,7 +116,7 @@ class SlowHead:
             q = unit(self.apply("q", self.start["q"], q))
         k = unit(self.apply("k", self.start["k"], z) if "k" in self.places else self._project("k", u))  # type: ignore[arg-type]
         v = self.apply("v", self.start["v"], z) if "v" in self.places else self._project("v", u)  # type: ignore[arg-type]
-        b = c.memory_max_rate * self._scalar("eta", u, z)
+        b = self._scalar("eta", u, z) * c.memory_max_rate  # type: ignore[operator]
         alpha = self._scalar("alpha", u, z) if c.memory_weight_decay else torch.ones_like(b)
         eta = alpha * b
 

@@ -108,8 +108,8 @@ class HopePreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if hasattr(module, "initialise"):
-            module.initialise()
+        if callable(initialise := getattr(module, "initialise", None)):
+            initialise()
 
 
 class HopeModel(HopePreTrainedModel):
@@ -176,7 +176,7 @@ class HopeModel(HopePreTrainedModel):
             )
         use_cache = self.config.use_cache if use_cache is None else use_cache
         stream.keep = past_key_values is not None or use_cache
-        runs = []
+        runs: list[Run] = []
         while not runs or not stream.finished:
             stretches = stream.stretches()
             reading = [row for row, stretch in enumerate(stretches) if stretch.length or not runs]

@@ -302,7 +302,7 @@ class SelfModifyingMemory(nn.Module):
             for name, old in weights.items():
                 ends = plan.ends(index, self.groups[name].chunk_size, self.heads)
                 new = after_chunk(old, constants[name], written[name], ends)
-                weights[name] = new if whole is True else choose(plan.by_head(whole, self.heads), new, old)
+                weights[name] = new if isinstance(whole, bool) else choose(plan.by_head(whole, self.heads), new, old)
         return plan.unchunk(outputs, batch), weights
 
     def _project(
@@ -329,7 +329,7 @@ class SelfModifyingMemory(nn.Module):
         if "q" in self.adaptive:
             place = constants.memories - count + self.adaptive.index("q")
             q = unit(read(*part(start, constants.gamma, slice(place, place + 1), constants.memories), q)[:, 0])
-        rates = self._logits("eta", found).sigmoid() * self.config.memory_max_rate
+        rates = self._logits("eta", found).sigmoid() * self.config.memory_max_rate  # type: ignore[operator]
         log_alpha = torch.zeros_like(rates)
         if self.alpha_proj is not None:
             log_alpha = F.logsigmoid(self._logits("alpha", found))

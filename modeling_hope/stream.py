@@ -339,10 +339,10 @@ class Stream:
 
     def _open_segments(self) -> None:
         """Note the states of rows that stand at the start of a segment, which will be read again from there."""
-        config = self.model.config
-        if not self.keep or config.rewinds:
+        segment = self.model.config.segment_length
+        if not self.keep or self.model.config.rewinds or segment is None:
             return
-        starting = [row for row, record in enumerate(self.cache.rows) if record.seen % config.segment_length == 0]
+        starting = [row for row, record in enumerate(self.cache.rows) if record.seen % segment == 0]
         for cache_layer, layer in zip(self.cache.layers, self.model.layers, strict=True):
             state = cache_layer.mixer
             if layer.mixer.rewinds or state is None:
