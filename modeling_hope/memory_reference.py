@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import silu
 
 from .configuration_hope import HopeConfig
+from .memory_rule import LOGIT_GAIN
 
 
 Parameters = dict[str, torch.Tensor]
@@ -104,8 +105,8 @@ class SlowHead:
         if name in self.places:
             assert z is not None
             read = self.apply(name, self.start[name], z)
-            return torch.sigmoid(self.p[f"{name}_proj.weight"][self.head] @ read + bias)
-        return torch.sigmoid(self.p[f"{name}_proj.weight"][self.head] @ u + bias)
+            return torch.sigmoid(LOGIT_GAIN * (self.p[f"{name}_proj.weight"][self.head] @ read + bias))
+        return torch.sigmoid(LOGIT_GAIN * (self.p[f"{name}_proj.weight"][self.head] @ u + bias))
 
     def step(self, u: torch.Tensor) -> torch.Tensor:
         """One token: `u`, `[hidden_size]`, to what is read, `[D]`. Eq. 86-88, 90."""

@@ -21,6 +21,8 @@ from .delta_rule import Decay, recall_within
 
 Maps = tuple[torch.Tensor, ...]
 
+# Rates and decays start far from where a task may need them, farther than an optimizer's steps take a plain logit.
+LOGIT_GAIN = 5.0
 SMALLEST = 1e-6  # of a norm to divide by, and the eps of the memories' rms
 
 

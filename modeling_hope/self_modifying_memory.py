@@ -18,12 +18,12 @@ from .delta_rule import decay_of
 from .fused_memory import read
 from .key_layout import Span
 from .memory_chunk import Constants, FastWeights, after_chunk, choose, part, read_tokens, write
-from .memory_rule import Maps, Rule, unit
+from .memory_rule import LOGIT_GAIN, Maps, Rule, unit
 from .mixer_state import MixerState
 
 
 CONV_WIDTH = 4
-START_RATE, START_DECAY, START_OUTER, START_MOMENTUM = 0.02, 0.9995, 0.2, 0.1
+START_RATE, START_DECAY, START_OUTER, START_MOMENTUM = 0.02, 0.9995, 0.5, 0.1
 
 
 class MemoryState(MixerState):
@@ -112,7 +112,7 @@ class Memories(nn.Module):
 
 
 class HeadScalars(nn.Module):
-    """One number per head from what its memory read: `<weight, a> + bias`, weight `[H, D]`, bias `[H]`."""
+    """One logit per head from what its memory read: `5 (<weight, a> + bias)`, weight `[H, D]`, bias `[H]`."""
 
     def __init__(self, heads: int, d: int, start: float):
         super().__init__()
@@ -123,23 +123,26 @@ class HeadScalars(nn.Module):
     def forward(self, a: torch.Tensor) -> torch.Tensor:
         """`[rows times heads, D, C]` to `[rows times heads, C]`."""
         weight, bias = (_for_rows(p.to(a.dtype), a.shape[0] // len(p)) for p in (self.weight, self.bias))
-        return (weight[:, None] @ a).squeeze(1) + bias[:, None]
+        return ((weight[:, None] @ a).squeeze(1) + bias[:, None]) * LOGIT_GAIN
 
     def initialise(self) -> None:
         """The sigmoid starts near `start`, and not so exactly that the memory would have no gradient."""
-        init.normal_(self.weight, std=self.weight.shape[-1] ** -0.5)
-        init.constant_(self.bias, _logit(self.start))
+        init.normal_(self.weight, std=self.weight.shape[-1] ** -0.5 / LOGIT_GAIN)
+        init.constant_(self.bias, _logit(self.start) / LOGIT_GAIN)
 
 
 class StaticScalars(nn.Linear):
-    """One number per head from the slow maps' input, `[..., hidden_size]` to `[..., H]`."""
+    """One logit per head from the slow maps' input, 5 times a linear map, `[..., hidden_size]` to `[..., H]`."""
 
     def __init__(self, hidden: int, heads: int, start: float):
         super().__init__(hidden, heads)
         self.start = start
 
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * LOGIT_GAIN
+
     def initialise(self) -> None:
-        init.constant_(self.bias, _logit(self.start))
+        init.constant_(self.bias, _logit(self.start) / LOGIT_GAIN)
 
 
 class ShortConvolution(nn.Module):

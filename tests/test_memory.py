@@ -201,10 +201,10 @@ def slow_maps(mixer, x):
     p = dict(mixer.named_parameters())
     u = silu(conv1d(pad(x.T, (3, 0)), p["conv.weight"], groups=WIDTH).T)
     q, k, v = (torch.stack((u @ p[f"{name}_proj.weight"].T).split(D, 1)) for name in "qkv")
-    b = mixer.config.memory_max_rate * torch.sigmoid(u @ p["eta_proj.weight"].T + p["eta_proj.bias"]).T
+    b = mixer.config.memory_max_rate * torch.sigmoid(5 * (u @ p["eta_proj.weight"].T + p["eta_proj.bias"])).T
     alpha = torch.ones_like(b)
     if mixer.config.memory_weight_decay:
-        alpha = torch.sigmoid(u @ p["alpha_proj.weight"].T + p["alpha_proj.bias"]).T
+        alpha = torch.sigmoid(5 * (u @ p["alpha_proj.weight"].T + p["alpha_proj.bias"])).T
     return u, normalize(q, dim=-1), normalize(k, dim=-1), v, b, alpha
 
 
