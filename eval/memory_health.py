@@ -57,13 +57,8 @@ MOMENTA = (0.0, 0.5)
 SCALES = (0.05, 0.1, 0.2, 0.5)  # of W1
 RATES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 PAIR_RATE = 0.1
-RATE_PAIRS = (
-    (0.1, 0.1),
-    (0.1, 0.05),
-    (0.1, 0.02),
-    (0.1, 0.01),
-    (0.02, 0.02),
-)  # of the pairs, and of the further tokens
+# Of the pairs, and of the further tokens.
+RATE_PAIRS = ((0.1, 0.1), (0.1, 0.05), (0.1, 0.02), (0.1, 0.01), (0.02, 0.02))
 DECAYS = (0.9, 0.97, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 1.0)
 
 PIECE, PROBES = 256, 64
@@ -172,10 +167,8 @@ def alive(hidden: int, log: Log) -> dict[str, Any]:
             log(f"{mu:<4} {scale:>5} {passes:>6}  " + " ".join(f"{error:5.2f}" for error in errors))
             writing.append({"mu": mu, "scale": scale, "passes": passes, "errors": errors})
 
-    log(
-        f"\nhidden {hidden}: error after {FURTHER} further tokens, by alpha; in brackets the passes it took to write, - where"
-    )
-    log(f"{MOST_PASSES} did not reach {WRITTEN}; + where they did, and {KEPT} or less is left after the further tokens")
+    log(f"\nhidden {hidden}: error after {FURTHER} further tokens, by alpha; in brackets the passes it took to write")
+    log(f"(- where {MOST_PASSES} did not reach {WRITTEN}); + where they did, and the error is {KEPT} or less")
     log(f"{'mu':<4} {'W1':>5} {'b':>5} {'then':>5}  " + " ".join(f"{alpha:<10}" for alpha in DECAYS))
     keeping = []
     for mu, scale in product(MOMENTA, SCALES):

@@ -377,7 +377,9 @@ class _ReadWithin(_WithPlainTwin):
 
     @staticmethod
     def backward(ctx: Any, d_read: torch.Tensor) -> Any:
-        inputs, rest = ctx.saved_tensors[:12], ctx.saved_tensors[12:]
+        # Checkpointing hands out what was saved only once.
+        saved = ctx.saved_tensors
+        inputs, rest = saved[:12], saved[12:]
         if torch.is_grad_enabled():
 
             def plain(*tensors: torch.Tensor) -> tuple[torch.Tensor]:

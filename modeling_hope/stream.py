@@ -148,6 +148,11 @@ class Stream:
         self, rows: list[int], stretches: list[Stretch], hidden_states: bool = False, attentions: bool = False
     ) -> Run:
         """Let rows read on, nothing learned from the run."""
+        if any(self.offsets) and torch.is_grad_enabled() and _reentrant(self.model):
+            raise ValueError(
+                "`gradient_checkpointing_kwargs={'use_reentrant': True}` loses the gradient through a memory that is read on "
+                "from within a call: give {'use_reentrant': False}, or use_cache=False."
+            )
         offsets = [self.offsets[row] for row in rows]
         lengths = [stretches[row].length for row in rows]
         width = max(*lengths, 1)

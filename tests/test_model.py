@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, T
 
 from modeling_hope import HopeCache, HopeConfig, HopeForCausalLM, HopeModel
 
-from .conftest import assert_same_memory, random_ids, tiny_config, tiny_model
+from .conftest import MEMORY, assert_same_memory, random_ids, tiny_config, tiny_model
 
 
 def test_a_config_of_four_numbers_is_a_sensible_model():
@@ -381,6 +381,7 @@ def test_trainer(tmp_path, training):
     assert all(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.usefixtures("family")
 def test_gradient_checkpointing_gives_the_same_gradients():
     for reentrant in (True, False):
         plain, checkpointed = (tiny_model().train() for _ in range(2))
@@ -389,6 +390,13 @@ def test_gradient_checkpointing_gives_the_same_gradients():
             checkpointed.enable_input_require_grads()
         ids = random_ids(2, 11)
         for model in (plain, checkpointed):
-            model(ids, labels=ids).loss.backward()
+            model(ids, labels=ids, use_cache=False).loss.backward()
         for (name, parameter), other in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
             torch.testing.assert_close(parameter.grad, other.grad, msg=name)
+
+
+def test_reentrant_checkpointing_that_would_lose_a_gradient_is_refused():
+    model = tiny_model(**MEMORY).train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="use_reentrant"):
+        model(random_ids(1, 11), use_cache=True)
