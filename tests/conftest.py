@@ -61,4 +61,4 @@ def assert_same_memory(memory, other, **tolerance):
     for row, other_row in zip(memory.rows, other.rows, strict=True):
         for field in ("pairs", "updates", "segments", "skipped", "nonfinite", "pending"):
             assert getattr(row, field) == getattr(other_row, field), field
-        assert row.losses == pytest.approx(other_row.losses)
+        assert row.losses == pytest.approx(other_row.losses, rel=tolerance.get("rtol"), abs=tolerance.get("atol"))
