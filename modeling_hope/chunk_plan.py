@@ -45,7 +45,8 @@ class ChunkPlan:
     def chunks(self, joined: torch.Tensor) -> Iterable[torch.Tensor]:
         """`[batch, H, columns, features]` as chunks `[batch times H, features, C]`; the last may be shorter."""
         number = -(-self.columns // self.size)
-        padded = F.pad(joined, (0, 0, 0, number * self.size - self.columns))
+        missing = number * self.size - self.columns
+        padded = F.pad(joined, (0, 0, 0, missing)) if missing else joined
         by_chunk = padded.unflatten(2, (number, self.size)).permute(2, 0, 1, 4, 3).flatten(1, 2)
         *whole, last = by_chunk.contiguous().unbind(0)
         return [*whole, last[..., : self.columns - (number - 1) * self.size]]

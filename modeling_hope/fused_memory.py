@@ -1,5 +1,5 @@
 """
-The three operations of a chunk with their backward passes derived by hand; `memory_rule.py` and `delta_rule.py` say in
+The operations of a chunk with their backward passes derived by hand; `memory_rule.py` and `delta_rule.py` say in
 plain torch what they compute, and are what a gradient of a gradient is taken of.
 
 Autograd would keep and read again every intermediate. Here each pass keeps what its backward needs, and works in place.
@@ -14,10 +14,12 @@ import torch
 
 from .delta_rule import Decay, Write, inverse
 from .delta_rule import delta_chunk as plain_delta_chunk
-from .memory_rule import SMALLEST, Inner, Maps, Rule
+from .memory_rule import SMALLEST, Inner, Maps, Rule, toward
+from .memory_rule import go_on as plain_go_on
 from .memory_rule import inner_gradients as plain_inner_gradients
 from .memory_rule import read as plain_read
 from .memory_rule import read_within as plain_read_within
+from .memory_rule import unit as plain_unit
 
 
 class _WithPlainTwin(torch.autograd.Function):
@@ -39,6 +41,29 @@ class _WithPlainTwin(torch.autograd.Function):
             outputs, weights = zip(*given, strict=True)
             found = iter(torch.autograd.grad(outputs, chosen, weights, create_graph=True, allow_unused=True))  # type: ignore[arg-type]
         return [next(found) if want else None for want in wanted]
+
+
+def unit(a: torch.Tensor, dim: int = -2) -> torch.Tensor:
+    """`memory_rule.unit`."""
+    return _Unit.apply(a, dim)
+
+
+class _Unit(_WithPlainTwin):
+    @staticmethod
+    def forward(ctx: Any, a: torch.Tensor, dim: int) -> torch.Tensor:
+        norm = torch.linalg.vector_norm(a, dim=dim, keepdim=True).clamp_(min=SMALLEST)
+        normed = a / norm
+        ctx.dim = dim
+        ctx.save_for_backward(a, norm, normed)
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, d_normed: torch.Tensor) -> Any:
+        a, norm, normed = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_WithPlainTwin.again(lambda a: (plain_unit(a, ctx.dim),), (a,), (True,), (d_normed,)), None
+        along = (d_normed * normed).sum(ctx.dim, keepdim=True).masked_fill_(norm <= SMALLEST, 0.0)
+        return torch.addcmul(d_normed, normed, along, value=-1).div_(norm), None
 
 
 def read(maps: Maps, gamma: torch.Tensor | None, inputs: torch.Tensor) -> torch.Tensor:
@@ -102,7 +127,8 @@ def inner_gradients(maps: Maps, gamma: torch.Tensor | None, k: torch.Tensor, v: 
     """`memory_rule.inner_gradients`."""
     if gamma is None:
         return plain_inner_gradients(maps, gamma, k, v, rule)
-    hidden, square, at_hidden, at_out, recalled, recalled_out = _Inner.apply(*maps, gamma, k, v, rule)
+    target = read(maps, gamma, v) if rule.self_values else v[:, None]
+    hidden, square, at_hidden, at_out, recalled, recalled_out = _Inner.apply(*maps, gamma, k, target, rule.objective)
     return Inner((k[:, None], hidden), (at_hidden, at_out), (recalled, recalled_out), (None, square))
 
 
@@ -114,97 +140,71 @@ class _Inner(_WithPlainTwin):
         w1: torch.Tensor,
         gamma: torch.Tensor,
         k: torch.Tensor,
-        v: torch.Tensor,
-        rule: Rule,
+        target: torch.Tensor,
+        objective: str,
     ) -> tuple[torch.Tensor, ...]:
-        size = k.shape[-1]
-        both = torch.cat([k, v], -1) if rule.self_values else k
-        x, s, hidden, rise, out, scale, normed = _through(w2, w1, both)
-        at_k = normed[..., :size]
-        # error = k + gamma n_k - (v + gamma n_v), or without its first or its last part
-        if rule.objective == "l2":
-            error = (at_k - normed[..., size:]).mul_(gamma) if rule.self_values else gamma * at_k
-            error.add_((k - v)[:, None])
+        x, s, hidden, rise, out, scale, normed = _through(w2, w1, k)
+        if objective == "l2":
+            error = torch.addcmul(k[:, None], gamma, normed).sub_(target)
         else:
-            error = -(v[:, None] + gamma * normed[..., size:] if rule.self_values else v[:, None].expand_as(at_k))
+            error = -target.expand_as(normed)
         at_out = gamma * error
-        along = (at_k * at_out).mean(-2, keepdim=True)
-        at_out.addcmul_(at_k, along, value=-1).mul_(scale[..., :size])
+        along = (normed * at_out).mean(-2, keepdim=True)
+        at_out.addcmul_(normed, along, value=-1).mul_(scale)
         back = w1.mT @ at_out
-        at_hidden = back * rise[..., :size]
-        key = hidden[..., :size]
-        ctx.rule = rule
-        ctx.save_for_backward(w2, w1, gamma, k, v, both, s, hidden, rise, scale, normed, error, along, at_out, back)
-        recalled = x[..., :size].flatten(1, 2)[:, None]
-        return (
-            key,
-            key.square().sum(-2, keepdim=True),
-            at_hidden.flatten(1, 2)[:, None],
-            at_out,
-            recalled,
-            out[..., :size],
-        )
+        at_hidden = back * rise
+        ctx.objective = objective
+        ctx.save_for_backward(w2, w1, gamma, k, target, s, hidden, rise, scale, normed, error, along, at_out, back)
+        square = hidden.square().sum(-2, keepdim=True)
+        return hidden, square, at_hidden.flatten(1, 2)[:, None], at_out, x.flatten(1, 2)[:, None], out
 
     @staticmethod
     def backward(ctx: Any, *d: torch.Tensor) -> Any:
-        w2, w1, gamma, k, v, both, s, hidden, rise, scale, normed, error, along, at_out, back = ctx.saved_tensors
-        rule = ctx.rule
+        w2, w1, gamma, k, target, s, hidden, rise, scale, normed, error, along, at_out, back = ctx.saved_tensors
+        l2 = ctx.objective == "l2"
         if torch.is_grad_enabled():
 
             def plain(*inputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-                w2, w1, gamma, k, v = inputs
-                inner = plain_inner_gradients((w2, w1), gamma, k, v, rule)
+                w2, w1, gamma, k, target = inputs
+                inner = toward((w2, w1), gamma, k, target, ctx.objective)
                 return inner.keys[1], inner.squares[1], *inner.gradients, *inner.recalled
 
-            return *_WithPlainTwin.again(plain, (w2, w1, gamma, k, v), ctx.needs_input_grad[:5], d), None
-        d_key, d_square, d_at_hidden, d_at_out, d_recalled, d_recalled_out = d
-        size, shape = k.shape[-1], back.shape
-        d_at_hidden = d_at_hidden.reshape(shape)
+            return *_WithPlainTwin.again(plain, (w2, w1, gamma, k, target), ctx.needs_input_grad[:5], d), None
+        d_hidden, d_square, d_at_hidden, d_at_out, d_recalled, d_recalled_out = d
+        d_at_hidden = d_at_hidden.reshape(back.shape)
 
         # at_hidden = (W1^T at_out) silu'(x); silu'' = s + silu' - 2 s silu'
-        s_k, rise_k = s[..., :size], rise[..., :size]
-        d_x = torch.addcmul(rise_k, rise_k, s_k, value=-2).add_(s_k).mul_(back).mul_(d_at_hidden)
-        d_x.add_(d_recalled.reshape(shape))
-        d_back = d_at_hidden * rise_k
+        d_x = torch.addcmul(rise, rise, s, value=-2).add_(s).mul_(back).mul_(d_at_hidden)
+        d_x.add_(d_recalled.reshape(back.shape))
+        d_back = d_at_hidden * rise
         d_w1 = at_out @ d_back.mT
         d_at_out = (w1 @ d_back).add_(d_at_out)
 
-        # at_out = (slope - n_k along) scale, slope = gamma error, along = mean(n_k slope)
-        at_k, scale_k = normed[..., :size], scale[..., :size]
+        # at_out = (slope - n along) scale, slope = gamma error, along = mean(n slope)
         d_scale = (d_at_out * at_out).sum(-2, keepdim=True)  # times the scale
-        d_slope = d_at_out.mul_(scale_k)
-        d_along = (d_slope * at_k).mean(-2, keepdim=True)
-        d_at_k = (error * gamma).mul_(d_along).addcmul_(d_slope, along).neg_()
-        d_slope.addcmul_(at_k, d_along, value=-1)
+        d_slope = d_at_out.mul_(scale)
+        d_along = (d_slope * normed).mean(-2, keepdim=True)
+        d_normed = (error * gamma).mul_(d_along).addcmul_(d_slope, along).neg_()
+        d_slope.addcmul_(normed, d_along, value=-1)
         d_gamma = (d_slope * error).sum(-1, keepdim=True)
         d_error = d_slope.mul_(gamma)
 
-        # error = k + gamma n_k - (v + gamma n_v)
-        d_v = -d_error.sum(1)
-        d_k = -d_v if rule.objective == "l2" else torch.zeros_like(k)
-        scaled = d_error * gamma
-        if rule.objective == "l2":
-            d_at_k.add_(scaled)
-            difference = at_k - normed[..., size:] if rule.self_values else at_k
-        else:
-            difference = -normed[..., size:] if rule.self_values else None
-        if difference is not None:
-            d_gamma += (d_error * difference).sum(-1, keepdim=True)
-        d_normed = torch.cat([d_at_k, scaled.neg_()], -1) if rule.self_values else d_at_k
+        # error = k + gamma n - target, or without what is not the target
+        d_k = d_error.sum(1) if l2 else torch.zeros_like(k)
+        if l2:
+            d_gamma += (d_error * normed).sum(-1, keepdim=True)
+            d_normed.addcmul_(d_error, gamma)
+        d_target = d_error.neg_()
+        if target.shape[1] < d_target.shape[1]:
+            d_target = d_target.sum(1, keepdim=True)
 
         # n = out scale, scale = (mean(out^2) + eps)^-1/2
         d_out = _rms_backward(d_normed, normed, scale)
-        d_out[..., :size].addcmul_(at_k, d_scale * scale_k, value=-1.0 / k.shape[-2]).add_(d_recalled_out)
-        d_hidden = w1.mT @ d_out
+        d_out.addcmul_(normed, d_scale * scale, value=-1.0 / k.shape[-2]).add_(d_recalled_out)
         d_w1 += d_out @ hidden.mT
-        d_hidden[..., :size].add_(d_key).addcmul_(hidden[..., :size], d_square, value=2)
-        d_before = d_hidden.mul_(rise)
-        d_before[..., :size].add_(d_x)
-        d_w2, d_both = _first_backward(d_before, w2, both)
-        d_k += d_both[..., :size]
-        if rule.self_values:
-            d_v += d_both[..., size:]
-        return d_w2, d_w1, d_gamma, d_k, d_v, None
+        d_hidden = (w1.mT @ d_out).add_(d_hidden).addcmul_(hidden, d_square, value=2)
+        d_w2, d_a = _first_backward(d_hidden.mul_(rise).add_(d_x), w2, k)
+        return d_w2, d_w1, d_gamma, d_k.add_(d_a), d_target, None
 
 
 def delta_chunk(
@@ -331,6 +331,32 @@ class _Delta(_WithPlainTwin):
         )  # fmt: skip
 
 
+def go_on(
+    now: torch.Tensor, sums: torch.Tensor, momentum: torch.Tensor, mu: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`memory_rule.go_on`."""
+    return _GoOn.apply(now, sums, momentum, mu)
+
+
+class _GoOn(torch.autograd.Function):
+    """Its backward is differentiable as it is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, now: torch.Tensor, sums: torch.Tensor, momentum: torch.Tensor, mu: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ahead, moved = plain_go_on(now, sums, momentum, mu)
+        ctx.save_for_backward(momentum, mu, moved)
+        return ahead, moved
+
+    @staticmethod
+    def backward(ctx: Any, d_ahead: torch.Tensor, d_moved: torch.Tensor) -> Any:
+        momentum, mu, moved = ctx.saved_tensors
+        d_sums = torch.addcmul(d_moved, mu, d_ahead)
+        d_mu = torch.addcmul(d_ahead * moved, d_sums, momentum).sum(-1, keepdim=True)
+        return d_ahead, d_sums, d_sums * mu, d_mu
+
+
 def read_within(
     maps: Maps,
     rest: Maps | None,
@@ -364,10 +390,10 @@ class _ReadWithin(_WithPlainTwin):
         between: torch.Tensor,
         before: torch.Tensor,
     ) -> torch.Tensor:
-        x, *first = _recall(torch.cat([w2, rest2], 1), q, k2, u2, between, before)
+        x, *first = _recall(w2, rest2, q, k2, u2, between, before)
         s = torch.sigmoid(x)
         hidden = x * s
-        out, *second = _recall(torch.cat([w1, rest1], 1), hidden, k1, u1, between, before)
+        out, *second = _recall(w1, rest1, hidden, k1, u1, between, before)
         scale = out.square().mean(-2, keepdim=True).add_(SMALLEST).rsqrt_()
         normed = out.mul_(scale)
         ctx.save_for_backward(
@@ -393,10 +419,10 @@ class _ReadWithin(_WithPlainTwin):
         s, hidden, scale, normed, match2, apart2, match1, apart1 = rest
         d_gamma = (d_read * normed).sum(-1, keepdim=True)
         d_out = _rms_backward(gamma * d_read, normed, scale)
-        second = _recall_backward(d_out, torch.cat([w1, rest1], 1), hidden, k1, u1, between, before, match1, apart1)
+        second = _recall_backward(d_out, w1, rest1, hidden, k1, u1, between, before, match1, apart1)
         d_w1, d_rest1, d_hidden, d_k1, d_u1, d_between, d_before = second
         d_x = d_hidden.mul_(torch.addcmul(hidden, hidden, s, value=-1).add_(s))
-        first = _recall_backward(d_x, torch.cat([w2, rest2], 1), q, k2, u2, between, before, match2, apart2)
+        first = _recall_backward(d_x, w2, rest2, q, k2, u2, between, before, match2, apart2)
         d_w2, d_rest2, d_q, d_k2, d_u2, d_between2, d_before2 = first
         return (
             d_q.add_(d_read), d_w2, d_w1, d_rest2, d_rest1, d_gamma, d_k2, d_k1, d_u2, d_u1,
@@ -405,23 +431,25 @@ class _ReadWithin(_WithPlainTwin):
 
 
 def _recall(
-    both: torch.Tensor,
+    state: torch.Tensor,
+    rest: torch.Tensor,
     x: torch.Tensor,
     keys: torch.Tensor,
     u: torch.Tensor,
     between: torch.Tensor,
     before: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    """W_{t-1} x_t, from W_0 over R in `both`; and for the backward <k_s, x_t> and (W_0 - R) x_t."""
-    start, stay = torch.bmm(both, x).chunk(2, 1)
+    """W_{t-1} x_t, and for the backward <k_s, x_t> and (W_0 - R) x_t."""
+    stay = torch.bmm(rest, x)
+    apart = torch.bmm(state, x).sub_(stay)
     match = torch.bmm(keys.mT, x)
-    apart = start - stay
-    return torch.addcmul(stay, before, apart).baddbmm_(u, match * between, alpha=-1), match, apart
+    return stay.addcmul_(before, apart).baddbmm_(u, match * between, alpha=-1), match, apart
 
 
 def _recall_backward(
     d: torch.Tensor,
-    both: torch.Tensor,
+    state: torch.Tensor,
+    rest: torch.Tensor,
     x: torch.Tensor,
     keys: torch.Tensor,
     u: torch.Tensor,
@@ -436,10 +464,10 @@ def _recall_backward(
     d_between = d_decayed * match
     d_match = d_decayed.mul_(between)
     d_start = d * before
-    d_both = torch.cat([d_start, d - d_start], 1)
-    d_w, d_rest = torch.bmm(d_both, x.mT).chunk(2, 1)
-    d_x = torch.bmm(both.mT, d_both).baddbmm_(keys, d_match)
-    return d_w, d_rest, d_x, torch.bmm(x, d_match.mT), d_u, d_between, (d * apart).sum(1, keepdim=True)
+    d_stay = d - d_start
+    d_x = torch.bmm(state.mT, d_start).baddbmm_(rest.mT, d_stay).baddbmm_(keys, d_match)
+    d_before = (d * apart).sum(1, keepdim=True)
+    return torch.bmm(d_start, x.mT), torch.bmm(d_stay, x.mT), d_x, torch.bmm(x, d_match.mT), d_u, d_between, d_before
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .delta_rule import Decay, Write
-from .fused_memory import inner_gradients, read_within
+from .fused_memory import go_on, inner_gradients, read_within
 from .kernels import delta_chunk
 from .memory_rule import SMALLEST, Maps, Rule
 
@@ -53,24 +53,34 @@ class Constants(NamedTuple):
     mu: Maps | None
 
 
-def part(maps: Maps, gamma: torch.Tensor | None, memories: slice, count: int) -> tuple[Maps, torch.Tensor | None]:
-    """Maps and gamma of some of a group's `count` memories."""
+def split(maps: Maps, count: int) -> tuple[Maps, Maps]:
+    """The maps of the first of `count` memories, and of the others."""
     rows = maps[0].shape[2] // count
-    start, stop, _ = memories.indices(count)
-    some = (maps[0][:, :, start * rows : stop * rows], *(other[:, memories] for other in maps[1:]))
-    return some, None if gamma is None else gamma[:, memories]
+    first, others = maps[0].split([rows, (count - 1) * rows], 2)
+    rest = [weights.split([1, count - 1], 1) for weights in maps[1:]]
+    return (first, *(pair[0] for pair in rest)), (others, *(pair[1] for pair in rest))
+
+
+def one_of(maps: Maps, gamma: torch.Tensor | None, place: int, count: int) -> tuple[Maps, torch.Tensor | None]:
+    """The maps and gamma of one of `count` memories."""
+    rows = maps[0].shape[2] // count
+    own = (maps[0].narrow(2, place * rows, rows), *(weights.narrow(1, place, 1) for weights in maps[1:]))
+    return own, None if gamma is None else gamma.narrow(1, place, 1)
+
+
+def split_constants(constants: Constants) -> tuple[Constants, Constants]:
+    """Of a group's first memory, and of the others: what reading takes."""
+    count, gamma = constants.memories, constants.gamma
+    rest = (None, None) if constants.rest is None else split(constants.rest, count)
+    gammas = (None, None) if gamma is None else gamma.split([1, count - 1], 1)
+    return Constants(1, rest[0], gammas[0], None), Constants(count - 1, rest[1], gammas[1], None)
 
 
 def first_memory(weights: FastWeights, constants: Constants) -> tuple[FastWeights, Constants]:
     """A group cut down to its first memory, and to what reading within a chunk needs."""
-
-    def first(maps: Maps | None) -> Maps | None:
-        return None if maps is None else part(maps, None, slice(0, 1), constants.memories)[0]
-
-    now = first(weights.now)
-    start = now if weights.start is weights.now else first(weights.start)
-    gamma = None if constants.gamma is None else constants.gamma[:, :1]
-    return FastWeights(now, start), Constants(1, first(constants.rest), gamma, None)  # type: ignore[arg-type]
+    now, _ = split(weights.now, constants.memories)
+    start = now if weights.start is weights.now else split(weights.start, constants.memories)[0]
+    return FastWeights(now, start), split_constants(constants)[0]
 
 
 class Written(NamedTuple):
@@ -131,15 +141,15 @@ def write(
     return Written(inner.keys, tuple(found))
 
 
-def read_tokens(
-    weights: FastWeights, constants: Constants, written: Written, q: torch.Tensor, decay: Decay
-) -> torch.Tensor:
-    """M_{t-1}(q_t) of the group's first memory for every token of a chunk: `q` `[G, D, C]` to `[G, D, C]`."""
-    maps, gamma = part(weights.now, constants.gamma, slice(0, 1), constants.memories)
-    rest = None if constants.rest is None else part(constants.rest, None, slice(0, 1), constants.memories)[0]
+def read_tokens(maps: Maps, constants: Constants, written: Written, q: torch.Tensor, decay: Decay) -> torch.Tensor:
+    """
+    M_{t-1}(q_t) of a group's first memory for every token of a chunk: `q` `[G, D, C]` to `[G, D, C]`.
+
+    `maps` and `constants` are that memory's own; `written` may be the group's.
+    """
     tokens: Maps = tuple(done.tokens for done in written.writes)  # type: ignore[misc]
     keys = tuple(keys[:, :1] for keys in written.keys)
-    return read_within(maps, rest, gamma, q, keys, tokens, decay)
+    return read_within(maps, constants.rest, constants.gamma, q, keys, tokens, decay)
 
 
 def after_chunk(weights: FastWeights, constants: Constants, written: Written, ends: bool | torch.Tensor) -> FastWeights:
@@ -155,10 +165,8 @@ def after_chunk(weights: FastWeights, constants: Constants, written: Written, en
     total: Maps = tuple(done.sums for done in written.writes)  # type: ignore[misc]
     if ends is False:
         return FastWeights(now, weights.start, weights.momentum, total)
-    moved = tuple(
-        torch.addcmul(sums, mu, old) for mu, old, sums in zip(constants.mu, weights.momentum, total, strict=True)
-    )
-    ahead = tuple(torch.addcmul(maps, mu, new) for maps, mu, new in zip(now, constants.mu, moved, strict=True))
+    steps = [go_on(*each) for each in zip(now, total, weights.momentum, constants.mu, strict=True)]
+    ahead, moved = (tuple(maps) for maps in zip(*steps, strict=True))
     if ends is True:
         return FastWeights(ahead, ahead, moved)
     now = _where(ends, ahead, now)

@@ -77,33 +77,32 @@ def inner_gradients(maps: Maps, gamma: torch.Tensor | None, k: torch.Tensor, v: 
         k: `[G, D, C]`, units.
         v: `[G, D, C]`.
     """
-    size, d = k.shape[-1], k.shape[-2]
+    target = read(maps, gamma, v) if rule.self_values else v[:, None]
+    return toward(maps, gamma, k, target, rule.objective)
+
+
+def toward(maps: Maps, gamma: torch.Tensor | None, k: torch.Tensor, target: torch.Tensor, objective: str) -> Inner:
+    """`inner_gradients` for targets `[G, X, D, C]`, or `[G, 1, D, C]`."""
     keys = k[:, None]
-    both = torch.cat([k, v], -1)[:, None] if rule.self_values else keys
-    first = maps[0] @ both
-    recalled = first[..., :size]
+    first = maps[0] @ keys
     if gamma is None:
-        by_memory = recalled.unflatten(2, (-1, d))
-        target = first[..., size:].unflatten(2, (-1, d)) if rule.self_values else v[:, None, None].expand_as(by_memory)
-        error = by_memory - target if rule.objective == "l2" else -target
-        return Inner((keys,), (error.flatten(2, 3),), (recalled,), (None,))
-    first = first.view(first.shape[0], gamma.shape[1], -1, first.shape[-1])
-    hidden = F.silu(first)
+        recalled = first.unflatten(2, (-1, k.shape[-2]))
+        error = recalled - target[:, None] if objective == "l2" else -target[:, None].expand_as(recalled)
+        return Inner((keys,), (error.flatten(2, 3),), (first,), (None,))
+    before = first.view(first.shape[0], gamma.shape[1], -1, first.shape[-1])
+    hidden = F.silu(before)
     out = maps[1] @ hidden
     scale = torch.rsqrt(out.square().mean(-2, keepdim=True) + SMALLEST)
     normed = out * scale
-    target = v[:, None] + gamma * normed[..., size:] if rule.self_values else v[:, None]
-    normed, scale, hidden = normed[..., :size], scale[..., :size], hidden[..., :size]
-    error = k[:, None] + gamma * normed - target if rule.objective == "l2" else -target
+    error = keys + gamma * normed - target if objective == "l2" else -target
     slope = gamma * error
     at_out = (slope - normed * (normed * slope).mean(-2, keepdim=True)) * scale
-    before = first[..., :size]
     gate = torch.sigmoid(before)
     at_hidden = (maps[1].mT @ at_out) * (gate * (1 + before * (1 - gate)))
     return Inner(
         (keys, hidden),
         (at_hidden.flatten(1, 2)[:, None], at_out),
-        (recalled, out[..., :size]),
+        (first, out),
         (None, hidden.square().sum(-2, keepdim=True)),
     )
 
@@ -136,3 +135,11 @@ def read_within(
     if gamma is not None:
         x = q[:, None] + gamma * rms(x)
     return x[:, 0]
+
+
+def go_on(
+    now: torch.Tensor, sums: torch.Tensor, momentum: torch.Tensor, mu: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next chunk's W + mu S, and S <- mu S + U, for W in `now` and U in `sums`."""
+    moved = torch.addcmul(sums, mu, momentum)
+    return torch.addcmul(now, mu, moved), moved

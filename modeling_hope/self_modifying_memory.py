@@ -15,10 +15,20 @@ from .chunk_plan import ChunkPlan
 from .configuration_hope import HopeConfig
 from .continuum_memory import HopeRMSNorm
 from .delta_rule import decay_of
-from .fused_memory import read
+from .fused_memory import read, unit
 from .key_layout import Span
-from .memory_chunk import Constants, FastWeights, after_chunk, choose, part, read_tokens, write
-from .memory_rule import LOGIT_GAIN, Maps, Rule, unit
+from .memory_chunk import (
+    Constants,
+    FastWeights,
+    after_chunk,
+    choose,
+    one_of,
+    read_tokens,
+    split,
+    split_constants,
+    write,
+)
+from .memory_rule import LOGIT_GAIN, Maps, Rule
 from .mixer_state import MixerState
 
 
@@ -283,10 +293,16 @@ class SelfModifyingMemory(nn.Module):
         }
         (main, *_), (*_, last) = self.groups, self.groups
         by_token = self.config.memory_read == "token"
+        own, projecting = constants[main], constants[last]
+        if main == last:
+            own, projecting = split_constants(constants[main])
         outputs = []
         for index, (q, streams) in enumerate(zip(plan.chunks(queries), plan.chunks(kept), strict=True)):
             whole = plan.whole(index, keep_state)
-            k, v, rates, log_alpha, q = self._project(weights[last].start, constants[last], streams, q)
+            maps, projections = weights[main].now if by_token else weights[main].start, weights[last].start
+            if main == last:
+                maps, projections = split(maps, constants[main].memories)
+            k, v, rates, log_alpha, q = self._project(projections, projecting, streams, q)
             rates, decay = rates[:, None, None], decay_of(log_alpha)
             written = {}
             for name, group_weights in weights.items():
@@ -296,10 +312,9 @@ class SelfModifyingMemory(nn.Module):
                         group_weights, constants[name], k, v, rates, decay, self.rule, whole is not None, within
                     )
             if by_token:
-                outputs.append(read_tokens(weights[main], constants[main], written[main], q, decay))
+                outputs.append(read_tokens(maps, own, written[main], q, decay))
             else:
-                maps, gamma = part(weights[main].start, constants[main].gamma, slice(0, 1), constants[main].memories)
-                outputs.append(read(maps, gamma, q)[:, 0])
+                outputs.append(read(maps, own.gamma, q)[:, 0])
             if whole is None:
                 continue
             for name, old in weights.items():
@@ -309,13 +324,13 @@ class SelfModifyingMemory(nn.Module):
         return plan.unchunk(outputs, batch), weights
 
     def _project(
-        self, start: Maps, constants: Constants, streams: torch.Tensor, q: torch.Tensor
+        self, maps: Maps, constants: Constants, streams: torch.Tensor, q: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Keys, values, rates, decays and queries from the weights at the chunk's start (Eq. 86-87).
 
         Args:
-            start, constants: of the group that ends with the adaptive projections.
+            maps, constants: of the adaptive projections.
             streams: `[G, features, C]`.
             q: `[G, D, C]`.
 
@@ -324,14 +339,11 @@ class SelfModifyingMemory(nn.Module):
         """
         sizes = self._stream_sizes()
         found = dict(zip(sizes, streams.split(list(sizes.values()), 1), strict=True))
-        count = len(self.adaptive)
         if "z" in found:
-            names = slice(constants.memories - count, None)
-            reads = read(*part(start, constants.gamma, names, constants.memories), found["z"]).unbind(1)
-            found |= dict(zip(self.adaptive, reads, strict=True))
+            found |= dict(zip(self.adaptive, read(maps, constants.gamma, found["z"]).unbind(1), strict=True))
         if "q" in self.adaptive:
-            place = constants.memories - count + self.adaptive.index("q")
-            q = unit(read(*part(start, constants.gamma, slice(place, place + 1), constants.memories), q)[:, 0])
+            place = self.adaptive.index("q")
+            q = unit(read(*one_of(maps, constants.gamma, place, len(self.adaptive)), q)[:, 0])
         rates = self._logits("eta", found).sigmoid() * self.config.memory_max_rate  # type: ignore[operator]
         log_alpha = torch.zeros_like(rates)
         if self.alpha_proj is not None:

@@ -455,6 +455,20 @@ def test_derivatives_of_reading_within_a_chunk():
     assert_derivatives(within_of(fused_memory), within_inputs(1, 3, 2, 3))
 
 
+def go_on_inputs(rows, states, out, width):
+    """W, U, S and mu."""
+    shapes = [*[(rows, states, out, width)] * 3, (rows, states, out, 1)]
+    return [noise(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
+
+
+def test_derivatives_of_going_on():
+    assert_derivatives(fused_memory.go_on, go_on_inputs(1, 2, 3, 2))
+
+
+def test_derivatives_of_units():
+    assert_derivatives(fused_memory.unit, [noise(2, 3, 4).requires_grad_()])
+
+
 def test_derivatives_of_the_inverse():
     coupled = noise(2, 3, 4, 4).triu(1).requires_grad_()
     torch.testing.assert_close(
@@ -490,6 +504,18 @@ def test_inner_gradients_are_their_plain_twin(rule, scale):
     w2, w1, gamma, k, v = memory_inputs(3, 4, 5, 6, 7)
     inputs = [w2, w1, gamma, blank(k, scale=scale), blank(v, scale=scale)]
     assert_twins(inner_of(fused_memory, rule), inner_of(memory_rule, rule), inputs)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-7, 0.0])
+@pytest.mark.parametrize("dim", [-2, -1])
+def test_units_are_their_plain_twin(dim, scale):
+    columns = blank(noise(3, 4, 5), scale=scale)
+    inputs = [columns.mT if dim == -1 else columns]
+    assert_twins(lambda a: [fused_memory.unit(a, dim)], lambda a: [memory_rule.unit(a, dim)], inputs)
+
+
+def test_going_on_is_its_plain_twin():
+    assert_twins(fused_memory.go_on, memory_rule.go_on, go_on_inputs(3, 4, 5, 6))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-7, 0.0])
