@@ -1,11 +1,13 @@
 """The hope command, on a model and a document small enough to run in seconds."""
 
 import json
+import sys
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from modeling_hope.benchmarks import gpu_speed
 from modeling_hope.cli.convert import periods
 from modeling_hope.cli.main import main
 from modeling_hope.eval.documents import claims, fetch_document, markdown, strings, unlisted
@@ -119,3 +121,14 @@ def test_documents_are_cleaned():
     assert unlisted("   * one\n   * two\nText.\n") == "Text.\n"
     with pytest.raises(ValueError, match="bayes-workflow"):
         fetch_document("nothing", None)
+
+
+def test_gpu_benchmark_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
+    found = tmp_path / "results" / "gpu_speed.json"
+    sizes = "--width 64 --layers 1 --vocab 64 --lengths 64 --tokens 128 --repeats 1"
+    monkeypatch.setattr(sys, "argv", ["gpu_speed", "--device", "cpu", *sizes.split(), "--json", str(found)])
+    gpu_speed.main()
+    figures = json.loads(found.read_text())
+    assert figures["errors"]["torch, float32"]["state"] < 1e-5
+    assert figures["models"][0]["train"] > 0 and figures["models"][0]["prefill"] > 0
+    assert "needs a CUDA device" in capsys.readouterr().out
