@@ -41,7 +41,7 @@ from torch.nn import functional as F
 
 from modeling_hope import HopeCache, HopeConfig, HopeForCausalLM
 from modeling_hope.delta_rule import decay_of
-from modeling_hope.eval.memory_tasks import TASKS, make_model
+from modeling_hope.eval.memory_tasks import TASKS, make_model, training
 from modeling_hope.memory_chunk import FastWeights, after_chunk, write
 from modeling_hope.memory_rule import SMALLEST, Rule, read, unit
 from modeling_hope.self_modifying_memory import START_DECAY, START_OUTER, START_RATE, Memories, SelfModifyingMemory
@@ -62,7 +62,7 @@ RATE_PAIRS = ((0.1, 0.1), (0.1, 0.05), (0.1, 0.02), (0.1, 0.01), (0.02, 0.02))
 DECAYS = (0.9, 0.97, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 1.0)
 
 PIECE, PROBES = 256, 64
-STEEPEST, PEAK, DRIFT = 0.1 * SMALLEST**-0.5, 2.0, 1.1  # what 1 / rms, and its and the others' growth, may be
+PEAK, DRIFT = 2.0, 1.1  # what growth may be
 
 
 @dataclass(frozen=True)
@@ -188,56 +188,48 @@ def alive(hidden: int, log: Log) -> dict[str, Any]:
     return {"hidden": hidden, "start": asdict(start) | {"pass": start.good}} | curves
 
 
-def fit(model: HopeForCausalLM, steps: int) -> None:
-    """Train on `recall`, in place."""
-    optimizer = torch.optim.AdamW(model.train().parameters(), lr=3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(steps):
-        ids, targets = TASKS["recall"].batch(generator)
-        loss = F.cross_entropy(model(ids, use_cache=False).logits.flatten(0, 1), targets.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-
-
-def layer_health(mixer: SelfModifyingMemory, tensors: dict[str, torch.Tensor], probes: torch.Tensor) -> list[float]:
+def layer_health(mixer: SelfModifyingMemory, state: dict[str, torch.Tensor], probes: torch.Tensor) -> torch.Tensor:
     """
-    Of a layer's memories: 1 / rms at the probes `[D, probes]`, largest and 99th percentile; the norm of their change.
+    Of a layer's memories in each row: 1 / rms at the probes `[D, probes]`, its largest and its 99th percentile, and the
+    norm of their change; `[rows, 3]`.
 
-    `tensors`: of the one row's `MemoryState`.
+    `state`: the tensors of a `MemoryState`.
     """
-    inverse, squares = [], 0.0
+    inverse, squares = [], torch.zeros(len(state["conv"]))
     for name, group in mixer.groups.items():
+        now = [state[f"{name}.now.{map_name}"] for map_name in mixer.memories.map_names]
         rest = mixer.memories.maps(group.memories, 1, torch.float32)
-        now = w2, w1 = [tensors[f"{name}.now.{map_name}"][0] for map_name in mixer.memories.map_names]
-        squares += sum((a - b).square().sum().item() for a, b in zip(now, rest, strict=True))
-        hidden = F.silu((w2 @ probes).view(*w1.shape[:2], -1, probes.shape[1]))
-        inverse.append(torch.rsqrt((w1 @ hidden).square().mean(-2) + SMALLEST).flatten())
-    found = torch.cat(inverse)
-    return [found.max().item(), found.quantile(0.99).item(), squares**0.5]
+        squares += sum((a - b).square().flatten(1).sum(1) for a, b in zip(now, rest, strict=True))
+        w2, w1 = now
+        hidden = F.silu((w2 @ probes).view(*w1.shape[:3], -1, probes.shape[1]))
+        inverse.append(torch.rsqrt((w1 @ hidden).square().mean(-2) + SMALLEST).flatten(1))
+    found = torch.cat(inverse, 1)
+    return torch.stack([found.amax(1), found.quantile(0.99, 1), squares.sqrt()], 1)
 
 
 @torch.no_grad()
-def read_stream(model: HopeForCausalLM, ids: torch.Tensor) -> dict[str, Any]:
-    """Read one row `[1, tokens]`; its health from piece to piece, and whether it passes."""
-    cache = HopeCache(model.config)
+def read_streams(model: HopeForCausalLM, ids: torch.Tensor) -> list[dict[str, Any]]:
+    """Read the rows of `ids` `[rows, tokens]`; of each its health from piece to piece, and whether it passes."""
+    cache = HopeCache(model.config, batch_size=len(ids))
     mixers: list[SelfModifyingMemory] = [layer.mixer for layer in model.model.layers]
     probes = unit(torch.randn(mixers[0].head_dim, PROBES, generator=torch.Generator().manual_seed(0)))
     logits, layers = [], []
     for piece in ids.split(PIECE, 1):
-        logits.append([model(piece, past_key_values=cache, learn="off").logits.float().abs().amax()])
-        states = [layer.mixer for layer in cache.layers]
-        layers.append([layer_health(mixer, state.tensors, probes) for mixer, state in zip(mixers, states, strict=True)])  # type: ignore[union-attr]
-    largest, high, change = torch.tensor(layers).unbind(-1)
-    tracks = {"logit": torch.tensor(logits), "largest": largest, "high": high, "change": change}
+        logits.append(model(piece, past_key_values=cache, learn="off").logits.float().abs().amax((1, 2)))
+        states = [layer.mixer.tensors for layer in cache.layers]  # type: ignore[union-attr]
+        layers.append(torch.stack([layer_health(*each, probes) for each in zip(mixers, states, strict=True)], 1))
+    largest, high, change = torch.stack(layers, 1).unbind(-1)
+    tracks = {"logit": torch.stack(logits, 1)[..., None], "largest": largest, "high": high, "change": change}
+    return [verdict({name: track[row] for name, track in tracks.items()}) for row in range(len(ids))]
+
+
+def verdict(tracks: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Whether what was logged, `[pieces, layers]` each, is that of a stable stream."""
     halves = {name: [half.max().item() for half in track.chunk(2)] for name, track in tracks.items()}
     peak = max(_growth([half.amax(0) for half in track.chunk(2)]) for track in tracks.values())
     drift = max(_growth([quarter.mean(0) for quarter in tracks[name].chunk(4)]) for name in ("logit", "high", "change"))
     finite = bool(tracks["logit"].isfinite().all())
-    good = finite and max(halves["largest"]) <= STEEPEST and peak <= PEAK and drift <= DRIFT
+    good = finite and peak <= PEAK and drift <= DRIFT
     log = {name: track.tolist() for name, track in tracks.items()}
     return {"pass": good, "finite": finite, "peak": peak, "drift": drift, "halves": halves, "pieces": log}
 
@@ -256,23 +248,25 @@ def stable(tokens: int, steps: int, log: Log) -> list[dict[str, Any]]:
     log(f"{'read':<6}{'retention':<10}{'b_max':<6}{'steps':<6}{'dtype':<9}{'stream':<10}{columns}")
     generator = torch.Generator().manual_seed(0)
     random = torch.randint(TASKS["recall"].vocab_size, (1, tokens), generator=generator)
-    streams = {"random": random, "one token": random[:, :1].expand(1, tokens)}
+    streams = torch.cat([random, random[:, :1].expand(1, tokens)])
     results: list[dict[str, Any]] = []
     for way, retention, largest in product(("token", "chunk"), ("initial", "zero"), (1.0, 2.0)):
         fields = {"memory_read": way, "memory_retention": retention, "memory_max_rate": largest}
         model = make_model(TASKS["recall"], 0, **fields)
         for trained in (0, steps):
-            fit(model, trained)
-            for dtype, (name, ids) in product((torch.float32, torch.bfloat16), streams.items()):
-                found = read_stream(copy.deepcopy(model).to(dtype).eval(), ids)
-                kind = {"steps": trained, "dtype": str(dtype).removeprefix("torch."), "stream": name}
-                results.append(fields | kind | found)
-                shown = (found["halves"][track] for track in ("logit", "largest", "change"))
-                numbers = "".join(f"{first:>7.3g} > {second:<7.3g}" for first, second in shown)
-                log(
-                    f"{way:<6}{retention:<10}{largest:<6}{trained:<6}{kind['dtype']:<9}{name:<10}"
-                    f"{'pass' if found['pass'] else 'FAIL':<5}{numbers}{found['peak']:5.2f}{found['drift']:6.2f}"
-                )
+            for _ in training(model, TASKS["recall"], trained):
+                pass
+            for dtype in (torch.float32, torch.bfloat16):
+                rows = read_streams(copy.deepcopy(model).to(dtype).eval(), streams)
+                for name, found in zip(("random", "one token"), rows, strict=True):
+                    kind = {"steps": trained, "dtype": str(dtype).removeprefix("torch."), "stream": name}
+                    results.append(fields | kind | found)
+                    shown = (found["halves"][track] for track in ("logit", "largest", "change"))
+                    numbers = "".join(f"{first:>7.3g} > {second:<7.3g}" for first, second in shown)
+                    log(
+                        f"{way:<6}{retention:<10}{largest:<6}{trained:<6}{kind['dtype']:<9}{name:<10}"
+                        f"{'pass' if found['pass'] else 'FAIL':<5}{numbers}{found['peak']:5.2f}{found['drift']:6.2f}"
+                    )
     log(f"{sum(result['pass'] for result in results)} of {len(results)} pass")
     return results
 

@@ -5,10 +5,10 @@ What a small self-modifying memory learns: multi-query recall and parity, and wh
     python -m modeling_hope.eval.memory_tasks parity --seeds 0 1 2
     python -m modeling_hope.eval.memory_tasks ablations --json ablations.json
 
-Two layers of width 64 (2 heads, hidden width 32), AdamW (rate 3e-3, falling over
-the last quarter), batch 32. `recall`: 8 key-value pairs from a vocabulary of 64, then
-the 8 keys in another order, each to be answered with its value. `parity`: bit strings of 2 to 24, after every bit whether
-their number of ones is odd; a string counts when every position is right. Evaluated on fresh data.
+Two layers of width 64 (2 heads, hidden width 32), AdamW (rate 3e-3, falling over the last quarter, betas 0.9 and 0.95),
+batch 32. `recall`: 8 key-value pairs from a vocabulary of 64, then the 8 keys in another order, each to be answered with
+its value. `parity`: bit strings of 2 to 24, after every bit whether their number of ones is odd; a string counts when
+every position is right. Evaluated on fresh data.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from modeling_hope import HopeConfig, HopeForCausalLM
 
 
 BATCH, TEST_BATCHES, REPORT_EVERY, WARMUP = 32, 16, 125, 50
+LEARNING_RATE = 3e-3
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no self-generated values": {"memory_self_values": False},
@@ -106,26 +107,34 @@ def accuracy(model: HopeForCausalLM, task: Task, seed: int) -> float:
     return torch.cat(right).float().mean().item()
 
 
-def train(task: Task, seed: int, learning_rate: float, log: Callable[[str], None], **fields: Any) -> dict[str, Any]:
-    """Train until the target is reached or the steps are used up; returns the accuracy by step."""
-    model = make_model(task, seed, **fields).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
-    schedule = get_wsd_schedule(optimizer, WARMUP, task.steps // 4, num_training_steps=task.steps, decay_type="linear")
+def training(
+    model: HopeForCausalLM, task: Task, steps: int, seed: int = 0, learning_rate: float = LEARNING_RATE
+) -> Iterator[tuple[int, float]]:
+    """Train in place; yields each step's number and loss."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = get_wsd_schedule(optimizer, WARMUP, steps // 4, num_training_steps=steps, decay_type="linear")
     generator = torch.Generator().manual_seed(seed)
-    curve, started = {}, time.perf_counter()
-    for step in range(1, task.steps + 1):
+    for step in range(1, steps + 1):
         ids, targets = task.batch(generator)
-        logits = model(ids, use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss = F.cross_entropy(model(ids, use_cache=False).logits.flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        yield step, loss.item()
+
+
+def train(task: Task, seed: int, learning_rate: float, log: Callable[[str], None], **fields: Any) -> dict[str, Any]:
+    """Train until the target is reached or the steps are used up; returns the accuracy by step."""
+    model = make_model(task, seed, **fields)
+    curve, started = {}, time.perf_counter()
+    for step, loss in training(model, task, task.steps, seed, learning_rate):
         if step % REPORT_EVERY == 0 or step == task.steps:
             curve[step] = accuracy(model, task, seed)
             seconds = time.perf_counter() - started
-            log(f"  seed {seed} step {step:5d}  loss {loss.item():.3f}  right {curve[step]:.1%}  {seconds:.0f} s")
+            log(f"  seed {seed} step {step:5d}  loss {loss:.3f}  right {curve[step]:.1%}  {seconds:.0f} s")
             if curve[step] >= task.target:
                 break
     return {"seed": seed, "steps": step, "right": curve[step], "curve": curve}
@@ -135,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=[*TASKS, "ablations"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=LEARNING_RATE)
     parser.add_argument("--fields", type=json.loads, default={}, help="fields of HopeConfig, as JSON")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

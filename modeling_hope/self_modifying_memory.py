@@ -33,6 +33,7 @@ from .mixer_state import MixerState
 
 
 CONV_WIDTH = 4
+START_AT_TOKEN, START_NOISE = 0.75, 0.1  # of the convolution
 START_RATE, START_DECAY, START_OUTER, START_MOMENTUM = 0.02, 0.9995, 0.5, 0.1
 
 
@@ -168,7 +169,16 @@ class ShortConvolution(nn.Module):
         return sum(inputs[:, j : j + width] * self.weight[:, 0, j] for j in range(CONV_WIDTH))  # type: ignore[return-value]
 
     def initialise(self) -> None:
-        init.normal_(self.weight, std=CONV_WIDTH**-0.5)
+        """
+        Every channel starts by looking at one token, most at the newest, some at one of the three before it. Random mixes
+        of all four have to be undone first by tasks that turn on what each token is.
+        """
+        channels = self.weight.shape[0]
+        earlier = [(1 - START_AT_TOKEN) / (CONV_WIDTH - 1)] * (CONV_WIDTH - 1)
+        looks = torch.tensor([*earlier, START_AT_TOKEN], device=self.weight.device)
+        look = F.one_hot(looks.multinomial(channels, replacement=True), CONV_WIDTH)
+        start = look[:, None] + START_NOISE * torch.randn(channels, 1, CONV_WIDTH, device=self.weight.device)
+        init.copy_(self.weight, start)
 
 
 class SelfModifyingMemory(nn.Module):
