@@ -3,7 +3,7 @@ What a small self-modifying memory learns: multi-query recall and parity, and wh
 
     python -m modeling_hope.eval.memory_tasks recall
     python -m modeling_hope.eval.memory_tasks parity --seeds 0 1 2
-    python -m modeling_hope.eval.memory_tasks ablations --json ablations.json
+    python -m modeling_hope.eval.memory_tasks recall parity --ablate --seeds 0 1 2
 
 Two layers of width 64 (2 heads, hidden width 32), AdamW (rate 3e-3, falling over the last quarter, betas 0.9 and 0.95),
 batch 32. `recall`: 8 key-value pairs from a vocabulary of 64, then the 8 keys in another order, each to be answered with
@@ -142,7 +142,8 @@ def train(task: Task, seed: int, learning_rate: float, log: Callable[[str], None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=[*TASKS, "ablations"])
+    parser.add_argument("tasks", nargs="+", choices=TASKS)
+    parser.add_argument("--ablate", action="store_true", help="also the same model without one part, and another")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--lr", type=float, default=LEARNING_RATE)
     parser.add_argument("--fields", type=json.loads, default={}, help="fields of HopeConfig, as JSON")
@@ -150,14 +151,15 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the tensors are small
 
-    tasks = TASKS if arguments.study == "ablations" else {arguments.study: TASKS[arguments.study]}
-    variants = VARIANTS if arguments.study == "ablations" else {"default": {}}
+    variants = VARIANTS if arguments.ablate else {"default": {}}
     results: dict[str, Any] = {}
-    for name, task in tasks.items():
+    for name in arguments.tasks:
         for variant, fields in variants.items():
             print(f"{name}, {variant}", flush=True)
             results[f"{name}, {variant}"] = [
-                train(task, seed, arguments.lr, lambda line: print(line, flush=True), **(fields | arguments.fields))
+                train(
+                    TASKS[name], seed, arguments.lr, lambda line: print(line, flush=True), **(fields | arguments.fields)
+                )
                 for seed in arguments.seeds
             ]
     print(f"\n{'':<40}  right (steps), by seed")

@@ -29,7 +29,7 @@ def test_parity_asks_whether_the_ones_so_far_are_odd():
 def test_a_study_trains_and_prints_its_table(monkeypatch, capsys):
     quick = {name: memory_tasks.Task(t.batch, t.by_string, t.vocab_size, 2, 0.95) for name, t in TASKS.items()}
     monkeypatch.setattr(memory_tasks, "TASKS", quick)
-    monkeypatch.setattr(sys, "argv", ["memory_tasks", "ablations"])
+    monkeypatch.setattr(sys, "argv", ["memory_tasks", *TASKS, "--ablate"])
     memory_tasks.main()
     assert capsys.readouterr().out.count("(2)") == 2 * len(memory_tasks.VARIANTS)
 
