@@ -59,6 +59,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     if min(arguments.lengths) < 2 or arguments.width % 64:
         raise ValueError("--lengths must be at least 2, and --width a multiple of 64.")
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
     # Where no terminal says how wide it is, all columns fit.
     console = Console(width=None if sys.stdout.isatty() else 120)
     results: dict[int, dict[str, Any]] = {length: {} for length in sorted(arguments.lengths)}

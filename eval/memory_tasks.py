@@ -150,6 +150,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the tensors are small
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
 
     variants = VARIANTS if arguments.ablate else {"default": {}}
     results: dict[str, Any] = {}

@@ -219,7 +219,9 @@ class HopeConfig(PreTrainedConfig):
     cms_training: str = "static"
 
     def __post_init__(self, **kwargs: Any) -> None:
-        unknown = [name for name in kwargs if name.startswith(("cms_", "memory_"))]
+        unknown = [
+            name for name in kwargs if name.startswith(("cms_", "memory_", "projection_", "adaptive_", "num_memory_"))
+        ]
         if unknown:
             raise ValueError(
                 f"HopeConfig has no field `{unknown[0]}`; see its documentation for those that start with "

@@ -22,9 +22,14 @@ Shapes: G rows times heads, n states that differ in their keys, C tokens.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+
+
+Backward = Callable[..., Any]
 
 
 class Decay(NamedTuple):
@@ -77,6 +82,18 @@ def inverse(coupled: torch.Tensor) -> torch.Tensor:
     return _Inverse.apply(coupled)
 
 
+def in_full(backward: Backward) -> Backward:
+    """A backward pass in the forward's precision, where autocast is on around it too."""
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        device = next(gradient.device.type for gradient in gradients if gradient is not None)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, *gradients)
+
+    return wrapped
+
+
 class _Inverse(torch.autograd.Function):
     """Autograd's own backward solves again; the inverse is at hand."""
 
@@ -89,6 +106,7 @@ class _Inverse(torch.autograd.Function):
         return inverted
 
     @staticmethod
+    @in_full
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         (inverted,) = ctx.saved_tensors
         return -(inverted.mT @ gradient @ inverted.mT).triu(1)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .delta_rule import Decay, Write, inverse
+from .delta_rule import Decay, Write, in_full, inverse
 from .delta_rule import delta_chunk as plain_delta_chunk
 from .memory_rule import SMALLEST, Inner, Maps, Rule, toward
 from .memory_rule import go_on as plain_go_on
@@ -33,6 +33,8 @@ class _WithPlainTwin(torch.autograd.Function):
         gradients: tuple[torch.Tensor | None, ...],
     ) -> list[torch.Tensor | None]:
         """The gradients of `plain` at its inputs, with a graph of their own."""
+        # One input may have been made of another: as views of themselves, none of them is on another's path.
+        inputs = tuple(x if x is None else x.view_as(x) for x in inputs)
         with torch.enable_grad():
             given = [
                 (out, g) for out, g in zip(plain(*inputs), gradients, strict=True) if out is not None and g is not None
@@ -58,6 +60,7 @@ class _Unit(_WithPlainTwin):
         return normed
 
     @staticmethod
+    @in_full
     def backward(ctx: Any, d_normed: torch.Tensor) -> Any:
         a, norm, normed = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -81,6 +84,7 @@ class _Read(_WithPlainTwin):
         return torch.addcmul(a[:, None], gamma, normed)
 
     @staticmethod
+    @in_full
     def backward(ctx: Any, d_read: torch.Tensor) -> Any:
         w2, w1, gamma, a, hidden, rise, scale, normed = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -159,6 +163,7 @@ class _Inner(_WithPlainTwin):
         return hidden, square, at_hidden.flatten(1, 2)[:, None], at_out, x.flatten(1, 2)[:, None], out
 
     @staticmethod
+    @in_full
     def backward(ctx: Any, *d: torch.Tensor) -> Any:
         w2, w1, gamma, k, target, s, hidden, rise, scale, normed, error, along, at_out, back = ctx.saved_tensors
         l2 = ctx.objective == "l2"
@@ -268,6 +273,7 @@ class _Delta(_WithPlainTwin):
         return end, sums, own
 
     @staticmethod
+    @in_full
     def backward(ctx: Any, d_end: torch.Tensor, d_sums: torch.Tensor | None, d_own: torch.Tensor | None) -> Any:
         (
             state, rest, keys, gradients, recalled, rates, erasing, between, before, after, whole,
@@ -350,6 +356,7 @@ class _GoOn(torch.autograd.Function):
         return ahead, moved
 
     @staticmethod
+    @in_full
     def backward(ctx: Any, d_ahead: torch.Tensor, d_moved: torch.Tensor) -> Any:
         momentum, mu, moved = ctx.saved_tensors
         d_sums = torch.addcmul(d_moved, mu, d_ahead)
@@ -402,6 +409,7 @@ class _ReadWithin(_WithPlainTwin):
         return torch.addcmul(q, gamma, normed)
 
     @staticmethod
+    @in_full
     def backward(ctx: Any, d_read: torch.Tensor) -> Any:
         # Checkpointing hands out what was saved only once.
         saved = ctx.saved_tensors

@@ -6,21 +6,29 @@ is this rule exactly: for the change S = (W - R)^T,
 
     S_t = alpha_t S_{t-1} + beta_t k_t (v_t - S_{t-1}^T p_t)^T,    p = k, beta = alpha e, v = -(g b / e + R k)
 
-It works in bfloat16 or float32 with float32 states, and serves heads of at most 256. `HOPE_KERNELS=off` in the environment
-turns it off. Reads within a chunk need u_t itself, which the kernel does not hand out: for those it is computed beside.
+It takes float32, multiplies in TF32 where the device does, and serves keys of at most 256 features. `HOPE_KERNELS=off` in
+the environment turns it off, as a gradient of a gradient needs, and training on a device that FLA's backward pass refuses
+(Hopper with Triton 3.4 to 3.7.0). Reads within a chunk need u_t itself, which the kernel does not hand out: for those it is
+computed beside.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
+from transformers.utils import logging
 
 from .delta_rule import Decay, Write
 from .fused_memory import delta_chunk as torch_delta_chunk
 
+
+logger = logging.get_logger(__name__)
 
 LARGEST_HEAD = 256
 Kernel = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -70,13 +78,21 @@ def delta_chunk(
 
 def find_kernel(state: torch.Tensor) -> Kernel | None:
     """`chunk_comba` where it is installed and serves a state `[G, n, out, in]`."""
-    if state.device.type != "cuda" or max(state.shape[2:]) > LARGEST_HEAD or os.environ.get("HOPE_KERNELS") == "off":
+    if state.device.type != "cuda" or state.shape[3] > LARGEST_HEAD or os.environ.get("HOPE_KERNELS") == "off":
         return None
-    if state.dtype == torch.float64:
-        return None
+    return None if state.dtype == torch.float64 else installed_kernel()
+
+
+@functools.cache
+def installed_kernel() -> Kernel | None:
     try:
         return importlib.import_module("fla.ops.comba").chunk_comba
-    except ImportError:
+    except ModuleNotFoundError:
+        return None
+    except Exception as error:
+        logger.warning(
+            f"flash-linear-attention is installed and does not load, so memories are written in torch: {error}"
+        )
         return None
 
 
@@ -91,22 +107,35 @@ def _by_kernel(
     """
     The state at the chunk's end, `[G, n, out, in]`, of S_t = alpha (S - e (S k + value) k^T).
 
-    Heads and their states are one axis for the kernel: `[1, C, G n, features]`, states `[1, G n, in, out]`.
+    For the kernel n are the heads, and G the batch: `[G, C, n, features]`, states `[G, n, in, out]`.
     """
-    groups, count = keys.shape[:2]
-    whole = decay.whole.expand(groups, count, 1, 1)
-    log_before = decay.before.expand(groups, count, 1, -1).log()
-    log_alpha = torch.cat([log_before[..., 1:], whole.log()], -1) - log_before
-    by_token = keys.flatten(0, 1).permute(2, 0, 1)[None]
+    groups, count, _, size = keys.shape
+    # From one token to the next, and to the chunk's end: what no product of decays has underflowed in.
+    alpha = torch.cat([decay.between.diagonal(1, -2, -1), decay.after[..., -1]], -1).expand(groups, count, size)
+    log_alpha = alpha.clamp(min=torch.finfo(alpha.dtype).tiny).log()
+    by_token = _Once.apply(keys.permute(0, 3, 1, 2))
     _, final = kernel(
         q=by_token,
         k=by_token,
-        v=-values.flatten(0, 1).permute(2, 0, 1)[None],
+        v=-_Once.apply(values).permute(0, 3, 1, 2),
         p=by_token,
-        g=log_alpha.flatten(0, 2).mT[None],
-        beta=(log_alpha.exp() * erasing.expand(groups, count, 1, -1)).flatten(0, 2).mT[None],
+        g=_Once.apply(log_alpha).mT,
+        beta=_Once.apply(alpha * erasing.expand(groups, count, 1, size).squeeze(2)).mT,
         scale=1.0,
-        initial_state=state.flatten(0, 1).mT[None],
+        initial_state=_Once.apply(state).mT,
         output_final_state=True,
     )
-    return final[0].mT.unflatten(0, (groups, count))
+    return final.mT
+
+
+class _Once(torch.autograd.Function):
+    """Itself; a gradient of its gradient, which the kernel cannot give, is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient

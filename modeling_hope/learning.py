@@ -122,7 +122,8 @@ def gradients(
     traced = [
         tensor for layer in run for weights in layer.values() for row in weights.traced for tensor in row.values()
     ]
-    found = iter(torch.autograd.grad(loss.sum(), traced, retain_graph=keep_graph))
+    with torch.autocast(loss.device.type, enabled=False):
+        found = iter(torch.autograd.grad(loss.sum(), traced, retain_graph=keep_graph))
     # A pair's input is the token before its target.
     inputs = F.pad(learn[:, 1:], (0, 1))
     result: list[dict[int, list[Tensors]]] = []

@@ -153,6 +153,7 @@ class StaticScalars(nn.Linear):
         return super().forward(input) * LOGIT_GAIN
 
     def initialise(self) -> None:
+        init.normal_(self.weight, std=self.in_features**-0.5 / LOGIT_GAIN)
         init.constant_(self.bias, _logit(self.start) / LOGIT_GAIN)
 
 
@@ -204,7 +205,7 @@ class SelfModifyingMemory(nn.Module):
         self.q_proj = nn.Linear(hidden, heads * d, bias=False)
         self.k_proj = None if "k" in self.adaptive else nn.Linear(hidden, heads * d, bias=False)
         self.v_proj = None if "v" in self.adaptive else nn.Linear(hidden, heads * d, bias=False)
-        self.eta_proj = self._scalars("eta", START_RATE / float(config.memory_max_rate or 1))
+        self.eta_proj = self._scalars("eta", min(START_RATE / float(config.memory_max_rate or 1), 0.5))
         self.alpha_proj = self._scalars("alpha", START_DECAY) if config.memory_weight_decay else None
         self.gate_proj = nn.Linear(hidden, heads * d, bias=False)
         self.output_norm = HopeRMSNorm(d, eps=config.rms_norm_eps)
@@ -256,7 +257,9 @@ class SelfModifyingMemory(nn.Module):
             read_out, weights = self._read_chunks(queries, kept, plan, state, keep_state)
             new_state = None
             if keep_state:
-                new_state = self._state(weights, plan.open_part(kept), plan.last_inputs(inputs, CONV_WIDTH - 1))
+                # Copies: a view would keep the whole call's streams alive.
+                open_part, tail = plan.open_part(kept).clone(), plan.last_inputs(inputs, CONV_WIDTH - 1).clone()
+                new_state = self._state(weights, open_part, tail)
             read_out = self.output_norm(plan.new_part(read_out))
         output = self.o_proj(read_out.flatten(2).to(gate.dtype) * gate)
         return output, new_state, None
@@ -400,5 +403,5 @@ def _logit(share: float) -> float:
 
 
 def _for_rows(parameter: torch.Tensor, batch: int) -> torch.Tensor:
-    """`[H, ...]` for every row: `[batch times H, ...]`."""
-    return parameter[None].expand(batch, *parameter.shape).flatten(0, 1)
+    """`[H, ...]` for every row, never the parameter itself: `[batch times H, ...]`."""
+    return parameter.repeat(batch, *[1] * (parameter.dim() - 1))

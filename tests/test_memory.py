@@ -9,9 +9,9 @@ from modeling_hope.delta_rule import decay_of
 from modeling_hope.key_layout import Span
 from modeling_hope.memory_reference import SlowMemory
 from modeling_hope.memory_rule import Rule
-from modeling_hope.self_modifying_memory import SelfModifyingMemory
+from modeling_hope.self_modifying_memory import START_DECAY, START_RATE, SelfModifyingMemory
 
-from .conftest import random_ids, tiny_model
+from .conftest import MEMORY, random_ids, tiny_model
 
 
 WIDTH, HEADS, D, HIDDEN = 12, 2, 6, 5
@@ -477,6 +477,33 @@ def test_derivatives_of_the_inverse():
     assert_derivatives(lambda coupled: delta_rule.inverse(coupled.triu(1)), [coupled])
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"memory_depth": 1}, {"memory_retention": "zero", "memory_read": "chunk"}, {"adaptive_projections": []}],
+    ids=["defaults", "depth 1", "zero, by chunk", "all static"],
+)
+def test_gradients_of_a_mixer_can_be_differentiated(fields):
+    """In a mixer one input of an operation is made of another, as it is not where an operation is checked alone."""
+    mixer, x = mixer_of(memory_chunk_size=3, **fields), noise(1, 7, WIDTH)
+    inputs = [x.requires_grad_(), *mixer.parameters()]
+    once, twice = (
+        torch.autograd.grad(read(mixer, x)[0].square().sum(), inputs, create_graph=graph, allow_unused=True)
+        for graph in (False, True)
+    )
+    for ours, theirs in zip(twice, once, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert_same(ours, theirs, tolerance=1e-11)
+    direction = noise(*x.shape, seed=9)
+
+    def slope(x):
+        return torch.autograd.grad(read(mixer, x)[0].square().sum(), x, create_graph=True)[0]
+
+    (curvature,) = torch.autograd.grad((slope(x) * direction).sum(), x)
+    ahead, behind = (slope((x + step * direction).detach().requires_grad_()) for step in (1e-6, -1e-6))
+    assert_same(curvature, ((ahead - behind) / 2e-6).detach(), tolerance=1e-7)
+
+
 def assert_twins(fused, plain, inputs):
     """Same values and gradients, and these finite; `None` among the inputs is left alone."""
     wanted = [x for x in inputs if x is not None]
@@ -568,6 +595,19 @@ def test_a_stream_of_zeros_has_finite_gradients(fields, dtype):
 # --- pieces and rows
 
 
+@torch.no_grad()
+def test_a_state_is_its_own():
+    """It shares no memory with the parameters, and none with what the call that made it computed."""
+    for mixer in (mixer_of(memory_chunk_size=4), mixer_of(memory_chunk_size=4, projection_chunk_size=8)):
+        for length in (3, 9):
+            _, state = read(mixer, noise(1, length, WIDTH))
+            before = {name: tensor.clone() for name, tensor in state.tensors.items()}
+            assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in state.tensors.values())
+            for parameter in mixer.parameters():
+                parameter.mul_(2)
+            assert all(torch.equal(state.tensors[name], tensor) for name, tensor in before.items())
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -627,6 +667,22 @@ def test_nothing_is_dead_in_the_first_training_step(fields):
             assert (largest > 0).all(), f"{name}: {largest}"
 
 
+@pytest.mark.parametrize("fields", [{}, {"memory_depth": 1}, {"memory_retention": "zero"}])
+def test_a_backward_pass_inside_autocast(fields):
+    """Of a training step, and of what the levels learn from: neither fails, and gradients are close to those outside it."""
+    model = tiny_model(dtype=torch.float32, **MEMORY, **fields)
+    ids = random_ids(1, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        memory = model.eval()(ids).past_key_values
+        loss = model.train()(ids, labels=ids, use_cache=False).loss
+        inside = gradients(loss, list(model.parameters()))
+        loss = model(ids, labels=ids, use_cache=False).loss
+    outside = gradients(loss, list(model.parameters()))
+    assert memory.rows[0].updates[0] > 0
+    for ours, theirs in zip(inside, outside, strict=True):
+        assert (ours - theirs).norm() <= 0.1 * theirs.norm() + 1e-6
+
+
 def test_a_bf16_model_remembers_in_float32():
     fields = {"layer_types": ["hope_memory"] * 2, "sliding_window": None, "memory_chunk_size": 16}
     model, ids = tiny_model(dtype=torch.bfloat16, initializer_range=0.02, **fields), random_ids(2, 30)
@@ -667,6 +723,23 @@ def test_the_largest_rate_is_one_where_the_gradient_erases_as_well(fields, rate)
     assert memory_config(**fields).memory_max_rate == rate
 
 
+@pytest.mark.parametrize("adaptive", [["k", "v", "eta", "alpha"], ["k", "v"]], ids=["adaptive", "static"])
+@pytest.mark.parametrize("largest", [2.0, 0.01])
+def test_rates_and_decays_start_where_they_are_told_to(adaptive, largest):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 10, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = HopeConfig(**sizes, adaptive_projections=adaptive, memory_max_rate=largest)
+    mixer = HopeForCausalLM(config).model.layers[0].mixer
+    _, kept = mixer._streams(0.5 * noise(1, 256, 64).float(), torch.float32)
+    streams = kept[0].permute(1, 2, 0)
+    maps = mixer.memories.maps(slice(1, None), 1, torch.float32)
+    constants = mixer.memories.constants(slice(1, None), maps)
+    _, _, rates, log_alpha, _ = mixer._project(maps, constants, streams, noise(2, 32, 256).float())
+    start = min(START_RATE, largest / 2)
+    assert start / 2 < rates.median() < start * 2 and rates.max() < start * 20
+    assert 1 - START_DECAY < (1 - log_alpha.exp()).mean() * 2 < 4 * (1 - START_DECAY)
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
@@ -683,6 +756,8 @@ def test_the_largest_rate_is_one_where_the_gradient_erases_as_well(fields, rate)
         ({"memory_retention": "none"}, "memory_retention"),
         ({"memory_objective": "l1"}, "memory_objective"),
         ({"memory_typo": 1}, "memory_typo"),
+        ({"adaptive_projection": ["k"]}, "adaptive_projection"),
+        ({"projection_chunk_sizes": 8}, "projection_chunk_sizes"),
     ],
 )
 def test_memories_that_cannot_be(fields, named):
