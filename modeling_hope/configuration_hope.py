@@ -89,7 +89,8 @@ class HopeConfig(PreTrainedConfig):
         memory_head_dim (`int`, *optional*):
             Width D of a head, at most 256. Unset: `hidden_size // num_memory_heads`, at most 256.
         memory_hidden_size (`int`, *optional*):
-            Hidden units m of a memory. Unset: half of `memory_head_dim`.
+            Hidden units m of a memory. Unset: half of `memory_head_dim`. What a memory holds grows with it: 64 pairs of
+            64 features need 64.
         memory_chunk_size (`int`, defaults to 16):
             Tokens after which the main memory's new weights are used by what is computed from it (Eq. 90).
         projection_chunk_size (`int`, *optional*):
@@ -108,7 +109,9 @@ class HopeConfig(PreTrainedConfig):
             2: a memory is a residual MLP (Eq. 89); 1: a matrix.
         memory_max_rate (`float`, *optional*):
             b_max, the largest inner rate, at most 2. Above 1 a write may turn a direction's sign, which tracking states
-            needs. Unset: 2, or 1 where the gradient erases as well (depth 1, `"l2"` and the delta term).
+            needs. Unset: 2, or 1 where the gradient erases as well (depth 1, `"l2"` and the delta term). At depth 1 with
+            `"l2"` and no delta term only the gradients erase, all from the chunk's start, and a key that fills a chunk
+            amplifies above `2 / memory_chunk_size`.
         memory_delta_decay (`bool`, defaults to `True`):
             The delta term of delta gradient descent: a write erases along its key.
         memory_momentum (`bool`, defaults to `True`):

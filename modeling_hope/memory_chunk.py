@@ -61,7 +61,7 @@ def split(maps: Maps, count: int) -> tuple[Maps, Maps]:
     return (first, *(pair[0] for pair in rest)), (others, *(pair[1] for pair in rest))
 
 
-def one_of(maps: Maps, gamma: torch.Tensor | None, place: int, count: int) -> tuple[Maps, torch.Tensor | None]:
+def memory_at(maps: Maps, gamma: torch.Tensor | None, place: int, count: int) -> tuple[Maps, torch.Tensor | None]:
     """The maps and gamma of one of `count` memories."""
     rows = maps[0].shape[2] // count
     own = (maps[0].narrow(2, place * rows, rows), *(weights.narrow(1, place, 1) for weights in maps[1:]))

@@ -22,7 +22,7 @@ from .memory_chunk import (
     FastWeights,
     after_chunk,
     choose,
-    one_of,
+    memory_at,
     read_tokens,
     split,
     split_constants,
@@ -356,7 +356,7 @@ class SelfModifyingMemory(nn.Module):
             found |= dict(zip(self.adaptive, read(maps, constants.gamma, found["z"]).unbind(1), strict=True))
         if "q" in self.adaptive:
             place = self.adaptive.index("q")
-            q = unit(read(*one_of(maps, constants.gamma, place, len(self.adaptive)), q)[:, 0])
+            q = unit(read(*memory_at(maps, constants.gamma, place, len(self.adaptive)), q)[:, 0])
         rates = self._logits("eta", found).sigmoid() * self.config.memory_max_rate  # type: ignore[operator]
         log_alpha = torch.zeros_like(rates)
         if self.alpha_proj is not None:
