@@ -5,9 +5,8 @@ Throughput on a GPU: Hope's self-modifying memory next to FLA's Gated DeltaNet a
     python -m modeling_hope.benchmarks.gpu_speed --json benchmarks/results/gpu_speed.json
     python -m modeling_hope.benchmarks.gpu_speed --device cpu --width 64 --layers 1 --vocab 256 --lengths 64 --tokens 128
 
-All in one process, one model after the other, bfloat16, untrained, on random tokens; by default the shape known as 340M (about 370M
-with an embedding and a head of their own).
-For each length, with as many rows as make up `--tokens`:
+All in one process, one model after the other, bfloat16, untrained, on random tokens; by default the shape known as 340M
+(about 370M with an embedding and a head of their own). For each length, with as many rows as make up `--tokens`:
 
     train       tokens per second of forward and backward pass of the next-token loss, no optimizer's step included
     prefill     tokens per second of a forward pass that fills a cache and makes the last logits
@@ -34,7 +33,6 @@ import contextlib
 import gc
 import importlib.util
 import json
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -47,7 +45,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from modeling_hope import kernels
 from modeling_hope.benchmarks.memory_speed import hope, hope_saving_memory, llama, llama_mlp_width, next_token_loss
-from modeling_hope.delta_rule import Write, decay_of
+from modeling_hope.delta_rule import Chunk, Write, decay_of
 from modeling_hope.delta_rule import delta_chunk as reference_delta_chunk
 
 
@@ -77,7 +75,8 @@ def main() -> None:
     figures |= {"transformers": transformers.__version__, **{name: getattr(arguments, name) for name in SIZES}}
     figures["errors"] = errors(arguments.device)
     for kind, found in figures["errors"].items():
-        print(f"{kind:<20} " + "  ".join(f"{name} {error:.1e}" for name, error in found.items()), flush=True)
+        shown = (f"{name} {error if isinstance(error, str) else f'{error:.1e}'}" for name, error in found.items())
+        print(f"{kind:<20} " + "  ".join(shown), flush=True)
     print(f"\n{'':<20} {'length':>7} {'parameters':>12} {'train tok/s':>12} {'prefill tok/s':>14} {'peak GiB':>9}")
     figures["models"] = []
     for name in arguments.models:
@@ -102,7 +101,7 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
-def errors(device: str) -> dict[str, dict[str, float]]:
+def errors(device: str) -> dict[str, dict[str, float | str]]:
     """Of one chunk of 64 tokens, heads and memories of 64, relative to the largest entry."""
     rows, memories, d, tokens = 16, 5, 64, 64
     generator = torch.Generator().manual_seed(0)
@@ -117,18 +116,18 @@ def errors(device: str) -> dict[str, dict[str, float]]:
 
     def run(dtype: torch.dtype, write: Callable[..., Write]) -> dict[str, torch.Tensor | None]:
         wide = torch.promote_types(dtype, torch.float32)
-        low = [tensor.to(dtype).to(wide) for tensor in (keys, gradients)]
+        low_keys, low_gradients = (tensor.to(dtype).to(wide) for tensor in (keys, gradients))
         own, target = state.to(wide).requires_grad_(), rest.to(wide)
-        done = write(
-            own, target, low[0], low[1], own @ low[0], rates.to(wide), rates.to(wide).expand(-1, memories, -1, -1),
-            decay_of(log_alpha.to(wide)), momentum=True, tokens=d,
-        )  # fmt: skip
+        b, decay = rates.to(wide), decay_of(log_alpha.to(wide))
+        erasing = b.expand(-1, memories, -1, -1)
+        recalled = own @ low_keys
+        done = write(Chunk(own, target, low_keys, low_gradients, recalled, b, erasing, decay, momentum=True, tokens=d))
         assert done.state is not None
         (slope,) = torch.autograd.grad(done.state.square().sum(), own)
         return {"state": done.state, "sums": done.sums, "u": done.tokens, "gradient": slope}
 
     exact = run(torch.float64, reference_delta_chunk)
-    found = {}
+    found: dict[str, dict[str, float | str]] = {}
     ways = {"torch": kernels.torch_delta_chunk}
     if kernels.find_kernel(state.float()):
         ways["kernel"] = kernels.delta_chunk
@@ -138,7 +137,7 @@ def errors(device: str) -> dict[str, dict[str, float]]:
             try:
                 found[label] = {name: relative(ours, exact[name]) for name, ours in run(dtype, write).items()}
             except RuntimeError as error:  # what a kernel refuses
-                found[label] = {str(error).splitlines()[0]: math.nan}
+                found[label] = {"failed": str(error).splitlines()[0]}
     return found
 
 

@@ -49,6 +49,39 @@ class Decay(NamedTuple):
     whole: torch.Tensor
 
 
+class Chunk(NamedTuple):
+    """
+    A chunk to write, and what is wanted of it.
+
+    Attributes:
+        state: W_0, `[G, n, out, in]`.
+        rest: R, the same shape; `None` for zero.
+        keys: `[G, n, in, C]`.
+        gradients: g, `[G, n, out, C]`.
+        recalled: W_0 k, the same shape.
+        rates: b, `[G, 1, 1, C]`.
+        erasing: e, `[G, n, 1, C]`; `None` without a delta term.
+        decay: of these tokens.
+        ends: whether the state at the chunk's end is wanted.
+        momentum: whether the sum of what the gradients write is wanted as well.
+        sums: that sum over earlier parts of a longer chunk, as `state`; `None` for zero.
+        tokens: how many rows of the first state read within the chunk and want their u_t; 0 for none.
+    """
+
+    state: torch.Tensor
+    rest: torch.Tensor | None
+    keys: torch.Tensor
+    gradients: torch.Tensor
+    recalled: torch.Tensor
+    rates: torch.Tensor
+    erasing: torch.Tensor | None
+    decay: Decay
+    ends: bool = True
+    momentum: bool = False
+    sums: torch.Tensor | None = None
+    tokens: int = 0
+
+
 class Write(NamedTuple):
     """
     What a chunk does to a state.
@@ -112,37 +145,9 @@ class _Inverse(torch.autograd.Function):
         return -(inverted.mT @ gradient @ inverted.mT).triu(1)
 
 
-def delta_chunk(
-    state: torch.Tensor,
-    rest: torch.Tensor | None,
-    keys: torch.Tensor,
-    gradients: torch.Tensor,
-    recalled: torch.Tensor,
-    rates: torch.Tensor,
-    erasing: torch.Tensor | None,
-    decay: Decay,
-    *,
-    ends: bool = True,
-    momentum: bool = False,
-    sums: torch.Tensor | None = None,
-    tokens: int = 0,
-) -> Write:
-    """
-    Write one chunk.
-
-    Args:
-        state: W_0, `[G, n, out, in]`.
-        rest: R, the same shape; `None` for zero.
-        keys: `[G, n, in, C]`.
-        gradients: g, `[G, n, out, C]`.
-        recalled: W_0 k, the same shape.
-        rates: b, `[G, 1, 1, C]`.
-        erasing: e, `[G, n, 1, C]`; `None` without a delta term.
-        ends: whether the state at the chunk's end is wanted.
-        momentum: whether the sum of what the gradients write is wanted as well.
-        sums: that sum over earlier parts of a longer chunk, as `state`; `None` for zero.
-        tokens: how many rows of the first state read within the chunk and want their u_t; 0 for none.
-    """
+def delta_chunk(chunk: Chunk) -> Write:
+    """Write one chunk."""
+    state, rest, keys, gradients, recalled, rates, erasing, decay, ends, momentum, sums, tokens = chunk
     driven = gradients * rates
     inputs = driven
     inverted = None

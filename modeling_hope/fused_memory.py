@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .delta_rule import Decay, Write, in_full, inverse
+from .delta_rule import Chunk, Decay, Write, in_full, inverse
 from .delta_rule import delta_chunk as plain_delta_chunk
 from .memory_rule import SMALLEST, Inner, Maps, Rule, toward
 from .memory_rule import go_on as plain_go_on
@@ -109,10 +109,19 @@ def _through(w2: torch.Tensor, w1: torch.Tensor, a: torch.Tensor) -> tuple[torch
     x = torch.bmm(w2[:, 0], a).unflatten(1, (w1.shape[1], -1))
     s = torch.sigmoid(x)
     hidden = x * s
-    rise = torch.addcmul(hidden, hidden, s, value=-1).add_(s)
+    rise = _rise(hidden, s)
     out = w1 @ hidden
-    scale = out.square().mean(-2, keepdim=True).add_(SMALLEST).rsqrt_()
+    scale = _inverse_rms(out)
     return x, s, hidden, rise, out, scale, out * scale
+
+
+def _rise(hidden: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """silu'(x), of silu(x) and sigmoid(x)."""
+    return torch.addcmul(hidden, hidden, s, value=-1).add_(s)
+
+
+def _inverse_rms(y: torch.Tensor) -> torch.Tensor:
+    return y.square().mean(-2, keepdim=True).add_(SMALLEST).rsqrt_()
 
 
 def _rms_backward(d_normed: torch.Tensor, normed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -212,28 +221,11 @@ class _Inner(_WithPlainTwin):
         return d_w2, d_w1, d_gamma, d_k.add_(d_a), d_target, None
 
 
-def delta_chunk(
-    state: torch.Tensor,
-    rest: torch.Tensor | None,
-    keys: torch.Tensor,
-    gradients: torch.Tensor,
-    recalled: torch.Tensor,
-    rates: torch.Tensor,
-    erasing: torch.Tensor | None,
-    decay: Decay,
-    *,
-    ends: bool = True,
-    momentum: bool = False,
-    sums: torch.Tensor | None = None,
-    tokens: int = 0,
-) -> Write:
+def delta_chunk(chunk: Chunk) -> Write:
     """`delta_rule.delta_chunk`; fused where there is a delta term, a whole chunk, and no sum from parts before it."""
-    if erasing is None or not ends or sums is not None:
-        return plain_delta_chunk(
-            state, rest, keys, gradients, recalled, rates, erasing, decay,
-            ends=ends, momentum=momentum, sums=sums, tokens=tokens,
-        )  # fmt: skip
-    return Write(*_Delta.apply(state, rest, keys, gradients, recalled, rates, erasing, *decay, momentum, tokens))
+    if chunk.erasing is None or not chunk.ends or chunk.sums is not None:
+        return plain_delta_chunk(chunk)
+    return Write(*_Delta.apply(*chunk[:7], *chunk.decay, chunk.momentum, chunk.tokens))
 
 
 class _Delta(_WithPlainTwin):
@@ -282,8 +274,8 @@ class _Delta(_WithPlainTwin):
         if torch.is_grad_enabled():
 
             def plain(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-                decay = Decay(*tensors[7:])  # type: ignore[arg-type]
-                return plain_delta_chunk(*tensors[:7], decay, momentum=ctx.momentum, tokens=ctx.tokens)  # type: ignore[arg-type, call-arg]
+                own, decay = tensors[:7], Decay(*tensors[7:])  # type: ignore[arg-type]
+                return plain_delta_chunk(Chunk(*own, decay, True, ctx.momentum, None, ctx.tokens))  # type: ignore[arg-type, call-arg]
 
             given = (state, rest, keys, gradients, recalled, rates, erasing, between, before, after, whole)
             found = _WithPlainTwin.again(plain, given, ctx.needs_input_grad[:11], (d_end, d_sums, d_own))
@@ -401,7 +393,7 @@ class _ReadWithin(_WithPlainTwin):
         s = torch.sigmoid(x)
         hidden = x * s
         out, *second = _recall(w1, rest1, hidden, k1, u1, between, before)
-        scale = out.square().mean(-2, keepdim=True).add_(SMALLEST).rsqrt_()
+        scale = _inverse_rms(out)
         normed = out.mul_(scale)
         ctx.save_for_backward(
             q, w2, w1, rest2, rest1, gamma, k2, k1, u2, u1, between, before, s, hidden, scale, normed, *first, *second
@@ -429,7 +421,7 @@ class _ReadWithin(_WithPlainTwin):
         d_out = _rms_backward(gamma * d_read, normed, scale)
         second = _recall_backward(d_out, w1, rest1, hidden, k1, u1, between, before, match1, apart1)
         d_w1, d_rest1, d_hidden, d_k1, d_u1, d_between, d_before = second
-        d_x = d_hidden.mul_(torch.addcmul(hidden, hidden, s, value=-1).add_(s))
+        d_x = d_hidden.mul_(_rise(hidden, s))
         first = _recall_backward(d_x, w2, rest2, q, k2, u2, between, before, match2, apart2)
         d_w2, d_rest2, d_q, d_k2, d_u2, d_between2, d_before2 = first
         return (

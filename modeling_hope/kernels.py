@@ -24,7 +24,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from transformers.utils import logging
 
-from .delta_rule import Decay, Write
+from .delta_rule import Chunk, Decay, Write
 from .fused_memory import delta_chunk as torch_delta_chunk
 
 
@@ -34,36 +34,13 @@ LARGEST_HEAD = 256
 Kernel = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
-def delta_chunk(
-    state: torch.Tensor,
-    rest: torch.Tensor | None,
-    keys: torch.Tensor,
-    gradients: torch.Tensor,
-    recalled: torch.Tensor,
-    rates: torch.Tensor,
-    erasing: torch.Tensor | None,
-    decay: Decay,
-    *,
-    ends: bool = True,
-    momentum: bool = False,
-    sums: torch.Tensor | None = None,
-    tokens: int = 0,
-) -> Write:
+def delta_chunk(chunk: Chunk) -> Write:
     """`delta_rule.delta_chunk`, by a kernel where one serves."""
-    kernel = None
-    if ends and erasing is not None:
-        kernel = find_kernel(state)
+    state, rest, keys, gradients, _, rates, erasing, decay, ends, momentum, sums, tokens = chunk
+    kernel = find_kernel(state) if ends else None
     if kernel is None or erasing is None:
-        return torch_delta_chunk(
-            state, rest, keys, gradients, recalled, rates, erasing, decay,
-            ends=ends, momentum=momentum, sums=sums, tokens=tokens,
-        )  # fmt: skip
-    own = None
-    if tokens:
-        own = torch_delta_chunk(
-            state[:, :1, :tokens], None if rest is None else rest[:, :1, :tokens], keys[:, :1],
-            gradients[:, :1, :tokens], recalled[:, :1, :tokens], rates, erasing[:, :1], decay, ends=False, tokens=tokens,
-        ).tokens  # fmt: skip
+        return torch_delta_chunk(chunk)
+    own = torch_delta_chunk(_of_reads(chunk)).tokens if tokens else None
     # rates / erasing is |k|^2; where a rate has underflowed beta is 0 and the value does not count.
     driven = gradients * (rates / erasing.masked_fill(erasing == 0, 1))
     if rest is None:
@@ -74,6 +51,20 @@ def delta_chunk(
     if momentum:
         summed = _by_kernel(kernel, torch.zeros_like(state) if sums is None else sums, keys, driven, erasing, decay)
     return Write(after, summed, own)
+
+
+def _of_reads(chunk: Chunk) -> Chunk:
+    """The rows of the first state that are read within the chunk, for their u_t alone."""
+    wanted = slice(None), slice(1), slice(chunk.tokens)
+    return chunk._replace(
+        state=chunk.state[wanted],
+        rest=None if chunk.rest is None else chunk.rest[wanted],
+        keys=chunk.keys[:, :1],
+        gradients=chunk.gradients[wanted],
+        recalled=chunk.recalled[wanted],
+        erasing=None if chunk.erasing is None else chunk.erasing[:, :1],
+        ends=False,
+    )
 
 
 def find_kernel(state: torch.Tensor) -> Kernel | None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .delta_rule import Decay, Write
+from .delta_rule import Chunk, Decay, Write
 from .fused_memory import go_on, inner_gradients, read_within
 from .kernels import delta_chunk
 from .memory_rule import SMALLEST, Maps, Rule
@@ -123,7 +123,7 @@ def write(
             recalled = state @ keys
         # The first map holds all memories' rows end to end.
         rows = state.shape[2] if i else state.shape[2] // constants.memories
-        done = delta_chunk(
+        chunk = Chunk(
             state,
             constants.rest[i] if constants.rest is not None else None,
             keys,
@@ -137,7 +137,7 @@ def write(
             sums=weights.written[i] if weights.written is not None else None,
             tokens=rows if by_token else 0,
         )
-        found.append(done)
+        found.append(delta_chunk(chunk))
     return Written(inner.keys, tuple(found))
 
 

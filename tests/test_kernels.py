@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling_hope import fused_memory, kernels
-from modeling_hope.delta_rule import decay_of
+from modeling_hope.delta_rule import Chunk, decay_of
 
 
 def comba(q, k, v, p, g, beta, scale, initial_state, output_final_state):
@@ -37,9 +37,9 @@ def test_by_kernel_equals_the_fallback(monkeypatch, rest, momentum, tokens, earl
     state.requires_grad_()
     arguments = (state, resting if rest else None, keys, gradients, state @ keys, rates, erasing, decay_of(log_alpha))
     options = {"momentum": momentum, "tokens": tokens, "sums": sums if momentum and earlier else None}
-    expected = fused_memory.delta_chunk(*arguments, **options)
+    expected = fused_memory.delta_chunk(Chunk(*arguments, **options))
     monkeypatch.setattr(kernels, "find_kernel", lambda state: comba)
-    found = kernels.delta_chunk(*arguments, **options)
+    found = kernels.delta_chunk(Chunk(*arguments, **options))
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None:

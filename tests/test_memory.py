@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import conv1d, normalize, pad, silu
 
 from modeling_hope import HopeConfig, HopeForCausalLM, delta_rule, fused_memory, memory_rule
-from modeling_hope.delta_rule import decay_of
+from modeling_hope.delta_rule import Chunk, decay_of
 from modeling_hope.key_layout import Span
 from modeling_hope.memory_reference import SlowMemory
 from modeling_hope.memory_rule import Rule
@@ -410,7 +410,7 @@ def delta_inputs(rows, states, out, width, tokens, rest=True, shared=False):
 
 
 def delta_of(module, **given):
-    return lambda *inputs: flat(module.delta_chunk(*inputs[:7], decay_of(inputs[7]), **given))
+    return lambda *inputs: flat(module.delta_chunk(Chunk(*inputs[:7], decay_of(inputs[7]), **given)))
 
 
 def within_inputs(rows, m, d, tokens):
