@@ -227,28 +227,23 @@ def read_streams(model: HopeForCausalLM, ids: torch.Tensor) -> list[dict[str, An
 
 def verdict(tracks: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Whether what was logged, `[pieces, layers]` each, is that of a stable stream."""
-    halves = {name: [half.max().item() for half in track.chunk(2)] for name, track in tracks.items()}
-    peak = max(_growth([half.amax(0) for half in track.chunk(2)]) for track in tracks.values())
-    quarters = {name: [quarter.mean(0) for quarter in tracks[name].chunk(4)] for name in ("logit", "high", "change")}
-    drift = max(map(_growth, quarters.values()))
+    halves = {name: torch.stack([half.amax(0) for half in track.chunk(2)]) for name, track in tracks.items()}
+    peak = max((second / first).max().item() for first, second in halves.values())
+    quarters = [[quarter.mean(0) for quarter in tracks[name].chunk(4)] for name in ("logit", "high", "change")]
+    drifts = torch.cat([fourth / third for _, _, third, fourth in quarters])
+    drift = drifts.max().item()
     finite = bool(tracks["logit"].isfinite().all())
     good = finite and peak <= PEAK and drift <= DRIFT
     log = {name: track.tolist() for name, track in tracks.items()}
-    drifts = torch.cat([means[-1] / means[-2] for means in quarters.values()]).tolist()
     return {
         "pass": good,
         "finite": finite,
         "peak": peak,
         "drift": drift,
-        "drifts": drifts,
-        "halves": halves,
+        "drifts": drifts.tolist(),
+        "halves": {name: half.amax(1).tolist() for name, half in halves.items()},
         "pieces": log,
     }
-
-
-def _growth(parts: list[torch.Tensor]) -> float:
-    """From the last part but one to the last, of whichever layer grows most."""
-    return (parts[-1] / parts[-2]).max().item()
 
 
 def stable(
