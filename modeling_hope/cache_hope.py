@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -96,6 +97,8 @@ class HopeCache(Cache):
         self.model: Callable[[], nn.Module | None] = lambda: None
         # Columns of the padded batches read so far: what a mask over history and new tokens has to cover.
         self.columns = 0
+        # What its user wants kept with it, as JSON can say it: goes along with forks and files.
+        self.notes: dict[str, Any] = {}
 
     @property
     def batch_size(self) -> int:
@@ -159,6 +162,7 @@ class HopeCache(Cache):
             copy.levels = {level: list(rows) for level, rows in layer.levels.items()}
             self.layers.append(copy)
         self.rows, self.columns, self.model = list(other.rows), other.columns, other.model
+        self.notes = deepcopy(other.notes)
 
     def to(self, device: torch.device | str) -> HopeCache:
         """Move the memory, in place; returns it."""
@@ -182,6 +186,7 @@ class HopeCache(Cache):
             layer.levels = {level: [NOTHING_LEARNED] * self.batch_size for level in layer.levels}
         self.rows = [StreamRecord.new(len(self.periods)) for _ in self.rows]
         self.columns = 0
+        self.notes = {}
 
     def _reset_levels(self, levels: Sequence[int]) -> None:
         unknown = [level for level in levels if not 0 <= level < len(self.periods)]

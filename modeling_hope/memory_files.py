@@ -40,6 +40,7 @@ def save_memory(cache: HopeCache, directory: str | os.PathLike[str], model: nn.M
         "format_version": FORMAT_VERSION,
         "model": cache.memory_fields,
         "columns": cache.columns,
+        "notes": cache.notes,
         "rows": [{name: getattr(row, name) for name in RECORD_FIELDS} for row in cache.rows],
     }
     # Both are complete before either takes its name.
@@ -81,7 +82,7 @@ def load_memory(cache: HopeCache, directory: str | os.PathLike[str], model: Any)
 def _fill(cache: HopeCache, description: dict[str, Any], tensors: Tensors, model: Any) -> None:
     if not hasattr(model, "lm_head"):
         raise ValueError("`model` has to be the causal language model that it was learned with")
-    cache.columns, device = description["columns"], model.device
+    cache.columns, cache.notes, device = description["columns"], description["notes"], model.device
     for index, row in enumerate(description["rows"]):
         numbers: dict[str, Any] = {
             name: tuple(row[name]) if isinstance(row[name], list) else row[name] for name in RECORD_FIELDS

@@ -131,9 +131,11 @@ def test_saved_and_loaded_it_goes_on(model, tmp_path, tokens):
     mask = torch.ones(2, tokens, dtype=torch.bool)
     mask[0, 1:2] = False
     read(model, memory, random_ids(2, tokens), attention_mask=mask)
+    memory.notes["topic"] = ["bees"]
     memory.save_pretrained(tmp_path, model=model)
     loaded = HopeCache.from_pretrained(tmp_path, model=model)
     assert_same_memory(loaded, memory, rtol=0, atol=0)
+    assert loaded.notes == memory.notes == memory.clone().notes
     follow = random_ids(2, 9, seed=1)
     assert torch.equal(read(model, loaded, follow), read(model, memory, follow))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["memory.json", "memory.safetensors"]
