@@ -20,6 +20,9 @@ from .mixer_state import MixerState
 from .stream_record import StreamRecord
 
 
+OFFLOADED = torch.device("cpu")
+
+
 class HopeCacheLayer(CacheLayerMixin):
     """
     One layer's part of a `HopeCache`.
@@ -78,6 +81,8 @@ class HopeCache(Cache):
     Args:
         config (`HopeConfig`): of the model that will use it.
         batch_size (`int`, defaults to 1): rows.
+        offloading (`bool`, defaults to `False`): keep the mixers' states (keys and values among them) in CPU memory while
+            their layer does not run. What the levels have learned stays with the model: every token is read with it.
 
     ```python
     >>> memory = HopeCache(model.config)
@@ -87,10 +92,11 @@ class HopeCache(Cache):
     ```
     """
 
-    def __init__(self, config: HopeConfig, batch_size: int = 1):
+    def __init__(self, config: HopeConfig, batch_size: int = 1, offloading: bool = False):
         held = config.cms_levels_per_layer or []
         super().__init__(layers=[HopeCacheLayer(levels, batch_size) for levels in held])
         self.memory_fields = config.memory_fields
+        self.offloading = offloading
         self.periods: list[int | None] = list(config.cms_periods)
         self.rows = [StreamRecord.new(len(self.periods)) for _ in range(batch_size)]
         # The model it was last used with, whose weights a saved memory is checked against.
@@ -132,6 +138,8 @@ class HopeCache(Cache):
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order; a row may come more than once. Copies no change."""
+        if list(rows) == list(range(self.batch_size)):
+            return
         with torch.inference_mode(False):
             for layer in self.layers:
                 layer.select(rows)
@@ -165,10 +173,10 @@ class HopeCache(Cache):
         self.notes = deepcopy(other.notes)
 
     def to(self, device: torch.device | str) -> HopeCache:
-        """Move the memory, in place; returns it."""
+        """Move the memory, in place; returns it. With `offloading` the mixers' states stay in CPU memory."""
         place = torch.device(device)
         for layer in self.layers:
-            layer.map_states(lambda state: state.to(place))
+            layer.map_states(lambda state: state.to(OFFLOADED if self.offloading else place))
             layer.levels = {level: [memory.to(place) for memory in rows] for level, rows in layer.levels.items()}
         self.rows = [
             replace(row, ids=row.ids.to(place), embeds=None if row.embeds is None else row.embeds.to(place))

@@ -19,12 +19,13 @@ from .cache_hope import HopeCache
 from .configuration_hope import HopeConfig
 from .continuum_memory import HopeContinuumMemory, HopeRMSNorm
 from .fast_weights import LevelWeights
-from .generation_hope import HopeGenerationMixin, check_learn
+from .generation_hope import HopeGenerationMixin
 from .key_layout import Span
 from .mixer_state import MixerState
 from .packing import Packing
 from .self_modifying_memory import SelfModifyingMemory
 from .stream import Run, Stream, check_labels
+from .turn import check_learn
 
 
 # What parts of Transformers pass to every model: the first is used, the others change nothing.
@@ -82,6 +83,8 @@ class HopeDecoderLayer(GradientCheckpointingLayer):
         keep_state: bool,
     ) -> tuple[torch.Tensor, MixerState | None, torch.Tensor | None]:
         """`[batch, width, hidden_size]` to the same, the mixer's new state, and attention weights where there are any."""
+        if state is not None and state.device != hidden_states.device:
+            state = state.to(hidden_states.device)  # from where an offloading memory keeps it
         mixed, state, attention = self.mixer(
             self.input_layernorm(hidden_states), state, span, position_embeddings, rotary, keep_state
         )
@@ -201,6 +204,7 @@ class HopeModel(HopePreTrainedModel):
         states: list[MixerState | None],
         weights: list[dict[int, LevelWeights]] | None,
         keep_states: bool,
+        home: torch.device | None = None,
         hidden_states: list[torch.Tensor] | None = None,
         attentions: list[torch.Tensor | None] | None = None,
         grad_from: int = 0,
@@ -214,6 +218,7 @@ class HopeModel(HopePreTrainedModel):
             states: the mixers' states of these rows, by layer.
             weights: by layer and level, the weights of the levels whose rows differ.
             keep_states: whether to return the new states.
+            home: where to put each new state away; `None` to leave it with its layer.
             hidden_states, attentions: lists to append each layer's to.
             grad_from: layers before this one need no gradient.
 
@@ -236,7 +241,7 @@ class HopeModel(HopePreTrainedModel):
                     weights[index] if weights else None,
                     keep_states,
                 )
-            new_states.append(state)
+            new_states.append(state if state is None or home is None else state.to(home))
             if attentions is not None:
                 attentions.append(attention)
         hidden = self.norm(hidden)
@@ -255,6 +260,8 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         self.model = HopeModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Marked as derived, it would lose `learn` when it is loaded.
+        self.generation_config._from_model_config = False
         self.post_init()
 
     @outside_inference_mode

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .cache_hope import HopeCache, check_memory
+from .cache_hope import OFFLOADED, HopeCache, check_memory
 from .key_layout import Span
 from .learning import Stretch, act, gather, gradients, next_stretch, run_weights, segment_loss, to_last_segment
 from .mixer_state import MixerState
@@ -18,7 +18,7 @@ from .stream_record import NO_TOKEN
 
 
 if TYPE_CHECKING:
-    from .modeling_hope import HopeModel
+    from .modeling_hope import HopeDecoderLayer, HopeModel
 
 
 class Run:
@@ -42,6 +42,7 @@ class Stream:
     Attributes:
         cache: the memory that the call works on. The caller's own takes its place in `close()`, when all has gone well.
         keep: whether the mixers' states have to be kept: for the caller, or for a later stretch of this call.
+        home: where they are put away after each layer; `None` where they stay with it.
         head_of: the model that was called, which a memory notes as its own.
     """
 
@@ -89,6 +90,7 @@ class Stream:
         self.offsets = [0] * self.batch
         self.coming = [torch.zeros(length, dtype=torch.bool) for length in self.packing.lengths]
         self.keep = True
+        self.home = OFFLOADED if self.cache.offloading else None
         self.head_of: nn.Module = model
 
     def learns(self) -> bool:
@@ -166,6 +168,7 @@ class Stream:
             self._states(rows),
             run_weights(self.model, self.cache, rows, learn=False, constant=constant),
             self.keep,
+            self.home,
             run.hidden_states if hidden_states else None,
             run.attentions if attentions else None,
         )
@@ -216,6 +219,7 @@ class Stream:
                 self._states(rows, opened=True),
                 weights,
                 self.keep,
+                self.home,
                 layers,
                 grad_from=first if constant else 0,
             )
@@ -339,8 +343,12 @@ class Stream:
             if rows == list(range(self.batch)):
                 cache_layer.mixer = state
                 continue
-            before = cache_layer.mixer or layer.mixer.empty_state(self.batch, self.model.embed_tokens.weight)
+            before = cache_layer.mixer or self._empty_state(layer, state.device)
             cache_layer.mixer = before.place(torch.tensor(rows, device=state.device), state)
+
+    def _empty_state(self, layer: HopeDecoderLayer, device: torch.device) -> MixerState:
+        """Of a layer's mixer, for rows that have read nothing."""
+        return layer.mixer.empty_state(self.batch, self.model.embed_tokens.weight).to(device)
 
     def _open_segments(self) -> None:
         """Note the states of rows that stand at the start of a segment, which will be read again from there."""
@@ -356,7 +364,7 @@ class Stream:
                 cache_layer.opened = state
                 continue
             if cache_layer.opened is None:
-                cache_layer.opened = layer.mixer.empty_state(self.batch, self.model.embed_tokens.weight)
+                cache_layer.opened = self._empty_state(layer, state.device)
             if starting:
                 index = torch.tensor(starting, device=state.device)
                 cache_layer.opened = cache_layer.opened.place(index, state.select(index))

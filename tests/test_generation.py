@@ -344,14 +344,3 @@ def test_embeddings_as_the_prompt(model):
     given = model.generate(inputs_embeds=embeds, max_new_tokens=8, do_sample=False)
     expected = model.generate(prompt, max_new_tokens=8, do_sample=False, learn="off")
     assert given[0].tolist() == expected[0, 11:].tolist()
-
-
-def test_stored_caches_of_other_kinds_are_refused(model):
-    from transformers import DynamicCache
-
-    with pytest.raises(ValueError, match="HopeCache"):
-        model.generate(random_ids(1, 4), past_key_values=DynamicCache(), max_new_tokens=2)
-    with pytest.raises(ValueError, match="HopeCache"):
-        model.generate(past_key_values=DynamicCache(), max_new_tokens=2)
-    with pytest.raises(ValueError, match="cache_implementation"):
-        model.generate(random_ids(1, 4), cache_implementation="static", max_new_tokens=2)
