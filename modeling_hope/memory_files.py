@@ -72,7 +72,7 @@ def load_memory(cache: HopeCache, directory: str | os.PathLike[str], model: Any)
             raise ValueError(f"it belongs to another model: {differing}")
         sample = tensors.pop("fingerprint", None)
         exact = description["dtype"] == str(model.dtype)
-        if sample is not None and not _same_weights(sample, weight_sample(model), exact):
+        if sample is not None and not same_weights(sample, weight_sample(model), exact):
             raise ValueError("it belongs to another model, of the same shape and other weights")
         _fill(cache, description, tensors, model)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -148,7 +148,7 @@ def weight_sample(model: nn.Module) -> torch.Tensor:
     return torch.cat(samples)
 
 
-def _same_weights(sample: torch.Tensor, other: torch.Tensor, exact: bool) -> bool:
+def same_weights(sample: torch.Tensor, other: torch.Tensor, exact: bool) -> bool:
     if exact or sample.shape != other.shape:
         return torch.equal(sample, other)
     # A cast rounds, to bfloat16 by at most 2**-9. A hash of rounded numbers would not do: a cast to float16 on the way

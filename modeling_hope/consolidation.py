@@ -1,0 +1,146 @@
+"""Consolidation: what memories have learned, written into the slow weights of a copy of their model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from .cache_hope import HopeCache, check_memory
+from .fast_weights import LEARNED_MAPS, Tensors
+from .memory_files import same_weights, weight_sample
+
+
+if TYPE_CHECKING:
+    from .modeling_hope import HopeForCausalLM
+
+logger = logging.get_logger(__name__)
+# Of a change's norm, lost by rounding to the dtype of the weights: above this a warning says so.
+LOSS_WORTH_A_WARNING = 0.01
+
+
+@torch.no_grad()
+def consolidate(
+    model: HopeForCausalLM,
+    memories: HopeCache | Sequence[HopeCache],
+    *,
+    levels: Sequence[int] | None = None,
+    strength: float | Sequence[float] = 1.0,
+    weights: Sequence[float] | None = None,
+) -> HopeForCausalLM:
+    """
+    Write what memories have learned into the slow weights of a copy of their model: `W + strength * mean(change)`.
+
+    The copy is a model like any other: it saves, loads and learns on, from nothing learned. At strength 1, with one
+    memory and learning off, it gives the logits that the memory gave: `memory.reset(levels=...)` takes out what is now
+    in the weights, and keeps what the mixers hold of the stream. Gradients that wait for an update are not applied.
+
+    Args:
+        model: the model that the memories belong to; it stays as it is.
+        memories: one memory or several; every row of each counts as one.
+        levels: indices into `config.cms_periods` of the levels to write; unset, all of them.
+        strength: how much of the change to write, for all these levels or one number for each.
+        weights: of the rows in their mean, in order; they are divided by their sum. Unset: all alike.
+
+    Returns:
+        The copy, on the model's device and in its dtype.
+
+    Raises:
+        ValueError: memories of another model, impossible levels, strengths or weights, or slow weights that a change
+            cannot be added to (quantized, adapted or offloaded).
+    """
+    given = [memories] if isinstance(memories, HopeCache) else list(memories)
+    for memory in given:
+        check_memory(memory, model.config)
+        owner = memory.model()
+        if owner is not None and not same_weights(weight_sample(owner), weight_sample(model), exact=True):
+            raise ValueError(
+                "`memories` were learned with other weights than `model` has: consolidate them into the model that learned them."
+            )
+    rows = [(memory, row) for memory in given for row in range(memory.batch_size)]
+    shares = _shares(weights, len(rows))
+    strengths = _strengths(levels, strength, len(model.config.cms_periods))
+    _check_slow_weights(model, strengths)
+
+    consolidated = copy.deepcopy(model)
+    wanted = lost = 0.0
+    for index, layer in enumerate(consolidated.model.layers):
+        for level, force in strengths.items():
+            if level not in layer.cms.held:
+                continue
+            changes = [memory.layers[index].levels[level][row].change for memory, row in rows]
+            for name, change in _mean(changes, shares).items():
+                weight = getattr(layer.cms.level(level), name).weight
+                step = force * change.to(weight.device)
+                written = weight.to(step.dtype) + step
+                wanted += float(step.square().sum())
+                lost += float((written.to(weight.dtype).to(step.dtype) - written).square().sum())
+                weight.copy_(written)
+    if lost > LOSS_WORTH_A_WARNING**2 * wanted:
+        logger.warning(
+            f"Rounding to {model.dtype} lost {(lost / wanted) ** 0.5:.1%} of the change (by norm): consolidate into a copy "
+            "in float32, `model.float()`, to keep it."
+        )
+    return consolidated
+
+
+def _shares(weights: Sequence[float] | None, rows: int) -> list[float]:
+    if not rows:
+        raise ValueError("`memories` is empty: give at least one memory.")
+    if weights is None:
+        return [1 / rows] * rows
+    if len(weights) != rows:
+        raise ValueError(f"`weights` has {len(weights)} entries for {rows} rows of `memories`: give one for each.")
+    total = sum(weights)
+    if not all(weight >= 0 for weight in weights) or not 0 < total < float("inf"):
+        raise ValueError(f"`weights` must be 0 or more and not all 0, got {list(weights)}.")
+    return [weight / total for weight in weights]
+
+
+def _strengths(levels: Sequence[int] | None, strength: float | Sequence[float], count: int) -> dict[int, float]:
+    """By level, how much of its change is written."""
+    chosen = list(range(count)) if levels is None else list(levels)
+    if not chosen or len(set(chosen)) != len(chosen) or not all(0 <= level < count for level in chosen):
+        raise ValueError(f"`levels` must be different numbers between 0 and {count - 1}, got {chosen}.")
+    each = list(strength) if isinstance(strength, Sequence) else [strength] * len(chosen)
+    if len(each) != len(chosen):
+        raise ValueError(
+            f"`strength` has {len(each)} entries for {len(chosen)} levels: give one number, or one for each."
+        )
+    if not all(abs(force) < float("inf") for force in each):
+        raise ValueError(f"`strength` must be finite, got {strength}.")
+    return dict(zip(chosen, each, strict=True))
+
+
+def _check_slow_weights(model: HopeForCausalLM, levels: dict[int, float]) -> None:
+    for index, layer in enumerate(model.model.layers):
+        for level in set(levels) & set(layer.cms.held):
+            for name in LEARNED_MAPS[model.config.cms_fast_weights]:
+                module = getattr(layer.cms.level(level), name)
+                place = f"model.layers.{index}.cms level {level} {name}"
+                if type(module) is not nn.Linear or not module.weight.is_floating_point():
+                    raise ValueError(
+                        f"{place} is a {type(module).__name__}, to which no change can be added: consolidate into the plain "
+                        "model, without quantization, its adapters merged (`merge_and_unload()`)."
+                    )
+                if module.weight.is_meta:
+                    raise ValueError(
+                        f"{place} is offloaded: load the model without `device_map` to consolidate into it."
+                    )
+
+
+def _mean(changes: list[Tensors], shares: list[float]) -> Tensors:
+    """Weighted mean of what rows have learned in one level, by map; a row that has learned nothing counts as zero."""
+    total: Tensors = {}
+    for change, share in zip(changes, shares, strict=True):
+        for name, tensor in change.items():
+            part = share * tensor
+            total[name] = total[name] + part.to(total[name].device) if name in total else part
+    return total
+
+
+__all__ = ["consolidate"]
