@@ -61,6 +61,58 @@ class HopeGenerationMixin(GenerationMixin):
         learn = learn or getattr(settings, "learn", None) or ("prompt" if self._learns(None) else "off")
         check_learn(learn)
         _refuse_assistance(settings, kwargs.get("assistant_model"))
+        input_ids, memory, turn = self._told(inputs, kwargs, settings, learn)
+
+        beams = settings.num_beams or 1
+        copies = max(beams, settings.num_return_sequences or 1)
+        chunk = settings.prefill_chunk_size
+        work = None if memory is None else memory.clone()
+        # Hidden states of the prompt are wanted for every copy.
+        shared = copies > 1 and not (settings.output_hidden_states or settings.output_attentions)
+        if work is not None and (shared or chunk):
+            self._read_ahead(work, turn, chunk)
+        before, last_of_prompt = None if work is None else work.clone(), replace(turn)
+        if work is not None:
+            work.batch_repeat_interleave(copies)
+            kwargs["past_key_values"] = work
+        turn.expand(copies)
+        for name in ("prefill_chunk_size", "cache_implementation"):  # seen to
+            if getattr(settings, name) is not None:
+                kwargs[name] = None
+        if beams > 1:
+            kwargs["return_dict_in_generate"] = True  # its beam indices tell how long each sequence is
+        output = super().generate(
+            input_ids,
+            generation_config,
+            logits_processor=logits_processor,
+            stopping_criteria=StoppingCriteriaList([*(stopping_criteria or []), TurnCriterion(turn)]),
+            attention_mask=torch.ones(len(last_of_prompt.mask), turn.width, dtype=torch.int64, device=turn.mask.device),
+            turn=turn,
+            **kwargs,
+        )
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        if memory is not None and work is not None and before is not None:
+            if beams > 1:
+                start = 0 if input_ids is None else turn.width
+                lengths = (output.beam_indices >= 0).sum(1).tolist()
+                words = [row[start : start + length] for row, length in zip(sequences, lengths, strict=True)]
+                work = self._read_words(before, last_of_prompt, words)
+            else:
+                _leave_pending(work, turn, sequences)
+            memory.assign(work)
+        if isinstance(output, torch.Tensor):
+            return output
+        output.past_key_values = memory
+        return output if settings.return_dict_in_generate else sequences
+
+    def _told(
+        self: HopeForCausalLM,
+        inputs: torch.Tensor | None,
+        kwargs: dict[str, Any],
+        settings: GenerationConfig,
+        learn: str,
+    ) -> tuple[torch.Tensor | None, HopeCache | None, Turn]:
+        """The ids to start from, the memory that the call changes, and what is new to it; takes them out of `kwargs`."""
         if kwargs.get("position_ids") is not None:
             raise ValueError("`position_ids`: a Hope model counts the tokens of each row by itself. Leave them out.")
         given, embeds = kwargs.pop("past_key_values", None), kwargs.get("inputs_embeds")
@@ -74,62 +126,15 @@ class HopeGenerationMixin(GenerationMixin):
         use_cache = embeds is not None or settings.use_cache is not False
         if given is not None and not use_cache:
             raise ValueError("`use_cache=False` leaves `past_key_values` unread: leave out one of them.")
-
         prompt = input_ids if input_ids is not None else embeds
         assert prompt is not None
-        batch, width = prompt.shape[:2]
-        memory = HopeCache(self.config, batch, offloading) if given is None else check_memory(given, self.config, batch)
+        memory = HopeCache(self.config, len(prompt), offloading) if given is None else given
+        check_memory(memory, self.config, len(prompt))
         mask = kwargs.pop("attention_mask", None)
         if mask is None and input_ids is not None and not own_words:
             mask = _mask_of_pads(input_ids, settings.pad_token_id, settings.eos_token_id)
         turn = new_turn(memory, input_ids, embeds, mask, learn, own_words)
-
-        work = memory.clone()
-        beams = settings.num_beams or 1
-        copies = max(beams, settings.num_return_sequences or 1)
-        chunk = settings.prefill_chunk_size
-        # Hidden states of the prompt are wanted for every copy.
-        shared = copies > 1 and not (settings.output_hidden_states or settings.output_attentions)
-        if use_cache and (shared or chunk):
-            self._read_ahead(work, turn, chunk)
-        before, last_of_prompt = work.clone(), replace(turn)
-        if copies > 1:
-            work.batch_repeat_interleave(copies)
-        turn.expand(copies)
-        if chunk is not None:
-            kwargs["prefill_chunk_size"] = None
-        if settings.cache_implementation is not None:
-            kwargs["cache_implementation"] = None
-        if beams > 1:
-            kwargs["return_dict_in_generate"] = True  # its beam indices tell how long each sequence is
-        if use_cache:
-            kwargs["past_key_values"] = work
-        output = super().generate(
-            input_ids,
-            generation_config,
-            logits_processor=logits_processor,
-            stopping_criteria=StoppingCriteriaList([*(stopping_criteria or []), TurnCriterion(turn)]),
-            attention_mask=torch.ones(batch, width, dtype=torch.int64, device=prompt.device),
-            turn=turn,
-            **kwargs,
-        )
-        if not isinstance(output, torch.Tensor | dict):
-            return output  # of a `custom_generate` of the caller's
-        sequences = output if isinstance(output, torch.Tensor) else output["sequences"]
-        if use_cache and beams > 1:
-            assert isinstance(output, dict)
-            lengths = (output["beam_indices"] >= 0).sum(1).tolist()
-            start = width if input_ids is not None else 0
-            words = [row[start : start + length] for row, length in zip(sequences, lengths, strict=True)]
-            memory.assign(self._read_words(before, last_of_prompt, words))
-        elif use_cache:
-            assert turn.last is not None, "This version of Transformers makes its stopping criteria elsewhere."
-            for row, column in enumerate(turn.last.tolist()):
-                work.rows[row] = replace(work.rows[row], pending=int(sequences[row, column]))
-            memory.assign(work)
-        if isinstance(output, dict):
-            output["past_key_values"] = memory if use_cache else None
-        return output if settings.return_dict_in_generate or isinstance(output, torch.Tensor) else sequences
+        return input_ids, memory if use_cache else None, turn
 
     def _check_cache_implementation(self, name: str | None, given: Any) -> bool:
         """Whether a memory made for a call is to be offloaded; `ValueError` for one that cannot be made."""
@@ -189,7 +194,7 @@ class HopeGenerationMixin(GenerationMixin):
         # Beam search asks about candidates, and never runs a finished beam: nothing to watch there.
         return WatchedCriteria(made, turns[0]) if turns and generation_config.num_beams == 1 else made
 
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+    def _get_logits_processor(self: HopeForCausalLM, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         made = super()._get_logits_processor(*args, **kwargs)
         for processor in made:
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
@@ -236,6 +241,13 @@ class HopeGenerationMixin(GenerationMixin):
             "Continuous batching pages keys and values, and a Hope model remembers more: give `generate()` a batch, with a "
             "mask for its padding, or each stream a HopeCache of its own."
         )
+
+
+def _leave_pending(memory: HopeCache, turn: Turn, sequences: torch.Tensor) -> None:
+    """Note each row's last token, which is sampled and not read."""
+    assert turn.last is not None, "This version of Transformers makes its stopping criteria elsewhere."
+    for row, column in enumerate(turn.last.tolist()):
+        memory.rows[row] = replace(memory.rows[row], pending=int(sequences[row, column]))
 
 
 def _refuse_assistance(settings: GenerationConfig, assistant_model: Any) -> None:
