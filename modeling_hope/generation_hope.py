@@ -199,7 +199,7 @@ class HopeGenerationMixin(GenerationMixin):
         for processor in made:
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
                 # What guidance compares with is read in a stream of its own, and is nothing that the model is told.
-                processor.model = partial(self, learn="off")
+                processor.model = partial(self.__call__, learn="off")
         return made
 
     def prepare_inputs_for_generation(
