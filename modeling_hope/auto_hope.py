@@ -1,0 +1,25 @@
+"""
+Which Auto class finds which of Hope's, and the one file that remote code is loaded by.
+
+From a directory, Transformers loads each file that an `auto_map` names as a package of its own. Naming one file for all
+makes config, models and memories those of one package; whatever else a user without this package needs is imported here.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .cache_hope import HopeCache
+from .configuration_hope import HopeConfig
+from .modeling_hope import HopeForCausalLM, HopeModel, HopePreTrainedModel
+
+
+AUTO_CLASSES = {
+    AutoModel: HopeModel,
+    AutoModelForCausalLM: HopeForCausalLM,
+}
+
+AUTO_MAP = {
+    auto_class.__name__: f"auto_hope.{hope_class.__name__}"
+    for auto_class, hope_class in {AutoConfig: HopeConfig, **AUTO_CLASSES}.items()
+}
+
+__all__ = ["AUTO_CLASSES", "AUTO_MAP", "HopeCache", "HopeConfig", "HopeForCausalLM", "HopeModel", "HopePreTrainedModel"]
