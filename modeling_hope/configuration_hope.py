@@ -277,14 +277,13 @@ class HopeConfig(PreTrainedConfig):
             self._auto_class = "AutoConfig"
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
-    def to_dict(self) -> dict[str, Any]:
-        """As Transformers' own. An `auto_map` names all Auto classes: Transformers adds those that are saved, one by one."""
-        fields: dict[str, Any] = super().to_dict()
-        if fields.get("auto_map"):
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """As Transformers' own. An `auto_map`, in which Transformers names the class that is saved, then names them all."""
+        if getattr(self, "auto_map", None):
             from .auto_hope import AUTO_MAP
 
-            fields["auto_map"] = dict(AUTO_MAP)
-        return fields
+            self.auto_map = dict(AUTO_MAP)
+        super().to_json_file(json_file_path, use_diff)
 
     @property
     def memory_erases_twice(self) -> bool:

@@ -57,13 +57,13 @@ def use(directory, again):
         for name in model.config.auto_map
     }
     config = loaded[directory.name, "AutoConfig"]
-    built = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    built = AutoModelForCausalLM.from_config(model.config, trust_remote_code=True)
     return {
         "first": converse(model, again.with_name(f"{again.name}-memory")),
         "again": converse(copy, again.with_name(f"{again.name}-again-memory")),
         "classes": [[*place_and_name, type(each).__name__] for place_and_name, each in loaded.items()],
         "packages": len({package(type(each)) for each in loaded.values()}),
-        "config_is_the_models": type(config) is type(model.config) is type(model).config_class is type(built.config),
+        "config_is_the_models": type(config) is type(model.config) is type(model).config_class is type(built).config_class,
     }
 
 
