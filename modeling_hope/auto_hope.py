@@ -1,8 +1,12 @@
 """
 Which Auto class finds which of Hope's, and the one file that remote code is loaded by.
 
+Code is saved with models of a registered class, by Transformers' own `HopeForCausalLM.register_for_auto_class()` or, for
+all at once, `HopeConfig.register_for_auto_class()`; and with any model that came with code.
+
 From a directory, Transformers loads each file that an `auto_map` names as a package of its own. Naming one file for all
-makes config, models and memories those of one package; whatever else a user without this package needs is imported here.
+makes config, models and memories those of one package. Whatever else a user without this package needs is imported here:
+`get_class_from_dynamic_module("auto_hope.HopeCache", directory)`.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

@@ -45,13 +45,20 @@ def assert_whole(directory, code=SOURCES):
 def fresh_environment(path):
     """An environment with all that the running one has, but this package; returns its Python."""
     venv.create(path, symlinks=True)
+    folders = [
+        folder
+        for folder in map(Path, sys.path)
+        if folder.name in ("site-packages", "dist-packages") and folder.is_dir()
+    ]
+    linked = [path / "packages" / str(place) for place in range(len(folders))]
+    for folder, links in zip(folders, linked, strict=True):
+        links.mkdir(parents=True)
+        for entry in folder.iterdir():
+            if "hope_transformers" not in entry.name and entry.name != "modeling_hope":
+                (links / entry.name).symlink_to(entry)
+    # Folders that a .pth file names have their own .pth files ignored, which is where editable installs come from.
     (site,) = path.glob("lib/python*/site-packages")
-    for folder in map(Path, sys.path):
-        if folder.name in ("site-packages", "dist-packages"):
-            for entry in folder.iterdir():
-                ours = "hope_transformers" in entry.name or entry.name == "modeling_hope"
-                if entry.suffix != ".pth" and not ours and not (site / entry.name).exists():
-                    (site / entry.name).symlink_to(entry)
+    (site / "packages.pth").write_text("\n".join(map(str, linked)))
     return path / "bin" / "python"
 
 
@@ -105,7 +112,7 @@ def test_a_directory_with_code_serves_where_the_package_is_not_installed(tmp_pat
         assert used["classes"] == [
             [place, name, path.split(".")[1]] for place in (family, again) for name, path in AUTO_MAP.items()
         ]
-        assert used["packages"] == 2 and used["config_is_the_models"]  # a package for each directory
+        assert used["packages"] == 2 and used["configs"] == 1  # a package for each directory, for all its classes
         assert_whole(tmp_path / "again" / again)
     assert results["hub"]["turns"] == said["hybrid"]["turns"]
     assert_whole(tmp_path / "again" / "hub")

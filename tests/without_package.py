@@ -63,7 +63,7 @@ def use(directory, again):
         "again": converse(copy, again.with_name(f"{again.name}-again-memory")),
         "classes": [[*place_and_name, type(each).__name__] for place_and_name, each in loaded.items()],
         "packages": len({package(type(each)) for each in loaded.values()}),
-        "config_is_the_models": type(config) is type(model.config) is type(model).config_class is type(built).config_class,
+        "configs": len({type(config), type(model.config), type(model).config_class, type(built).config_class}),
     }
 
 
