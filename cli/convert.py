@@ -20,6 +20,11 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--lr", type=float, default=0.1, help="inner learning rate (default: 0.1)")
     parser.add_argument("--window", type=int, help="make all attention sliding, with this window")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument(
+        "--remote-code",
+        action="store_true",
+        help="save the code too: trust_remote_code=True then loads the model where this package is not installed",
+    )
     parser.set_defaults(run=run)
 
 
@@ -34,6 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
         learning_rates=arguments.lr,
         window=arguments.window,
         dtype=getattr(torch, arguments.dtype),
+        remote_code=arguments.remote_code,
     )
     print(model.conversion_report.table())
     print(f"{'written to':<16} {arguments.out}")

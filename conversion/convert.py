@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from modeling_hope import HopeConfig, HopeForCausalLM
+from modeling_hope.auto_hope import AUTO_MAP
 from modeling_hope.fast_weights import LEARNED_MAPS
 
 from .family import Family
@@ -41,6 +42,7 @@ def convert(
     dtype: torch.dtype = torch.float32,
     tokenizer: Any = None,
     check: bool = True,
+    remote_code: bool = False,
     **config: Any,
 ) -> HopeForCausalLM:
     """
@@ -60,6 +62,8 @@ def convert(
         tokenizer: to save with a model given in memory.
         check: compare the logits with the source's, learning off, and refuse a difference over 1e-4 of their range
             (float32 only; with a window, on a probe that fits into it).
+        remote_code: save the model's code with it, now and from then on, so that `trust_remote_code=True` loads it
+            without this package.
         config: further fields of HopeConfig.
 
     Returns:
@@ -88,6 +92,8 @@ def convert(
     }
     if window is not None:
         fields["sliding_window"] = window
+    if remote_code:
+        fields["auto_map"] = dict(AUTO_MAP)
     report = ConversionReport(opened.name, family.model_type, strategy)
     model = _build(HopeConfig(**(fields | config)), dtype)
     _fill(model, opened, family, plan, report)

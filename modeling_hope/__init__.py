@@ -1,15 +1,20 @@
 """Hope for Hugging Face Transformers: language models that learn while they read."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig
 
-from .cache_hope import HopeCache
-from .configuration_hope import HopeConfig
-from .consolidation import consolidate
-from .modeling_hope import HopeForCausalLM, HopeModel, HopePreTrainedModel
+from .auto_hope import (
+    AUTO_CLASSES,
+    HopeCache,
+    HopeConfig,
+    HopeForCausalLM,
+    HopeModel,
+    HopePreTrainedModel,
+    consolidate,
+)
 
 
 AutoConfig.register("hope", HopeConfig, exist_ok=True)
-AutoModel.register(HopeConfig, HopeModel, exist_ok=True)
-AutoModelForCausalLM.register(HopeConfig, HopeForCausalLM, exist_ok=True)
+for auto_class, hope_class in AUTO_CLASSES.items():
+    auto_class.register(HopeConfig, hope_class, exist_ok=True)
 
 __all__ = ["HopeCache", "HopeConfig", "HopeForCausalLM", "HopeModel", "HopePreTrainedModel", "consolidate"]

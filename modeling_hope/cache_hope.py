@@ -304,15 +304,18 @@ class HopeCache(Cache):
 def check_memory(memory: Any, config: HopeConfig, batch_size: int | None = None) -> HopeCache:
     """The memory; `ValueError` unless it is one that fits a model of this config and, given, a batch size."""
     if not isinstance(memory, HopeCache):
+        kind = type(memory)
+        if kind.__name__ == "HopeCache":
+            raise ValueError(
+                f"`past_key_values` is of other code, {kind.__module__}, than the model's, {__name__}: save it with "
+                "`save_pretrained`, and load it with `model.load_memory`."
+            )
         raise ValueError(
-            f"`past_key_values` is a {type(memory).__name__}; a Hope model needs a HopeCache: "
-            "HopeCache(model.config, batch_size)."
+            f"`past_key_values` is a {kind.__name__}; a Hope model needs a HopeCache: model.new_memory(batch_size)."
         )
     differing = differing_fields(memory.memory_fields, config.memory_fields)
     if differing:
-        raise ValueError(
-            f"`past_key_values` is the memory of another model: {differing}. Use a new HopeCache(model.config)."
-        )
+        raise ValueError(f"`past_key_values` is the memory of another model: {differing}. Use model.new_memory().")
     if batch_size not in (None, memory.batch_size):
         raise ValueError(
             f"`past_key_values` holds {memory.batch_size} rows and the batch has {batch_size}: use one row for each, "

@@ -1,6 +1,7 @@
 """HopeConfig: every choice that makes a Hope model, typed, validated once."""
 
 import math
+import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -269,6 +270,20 @@ class HopeConfig(PreTrainedConfig):
         for name in PER_LEVEL_FIELDS:
             if isinstance(getattr(self, name), tuple):
                 setattr(self, name, list(getattr(self, name)))
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As Transformers' own. A config with an `auto_map`, as one from a directory with code has, writes the code too."""
+        if getattr(self, "auto_map", None):
+            self._auto_class = "AutoConfig"
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """As Transformers' own. An `auto_map`, in which Transformers names the class that is saved, then names them all."""
+        if getattr(self, "auto_map", None):
+            from .auto_hope import AUTO_MAP
+
+            self.auto_map = dict(AUTO_MAP)
+        super().to_json_file(json_file_path, use_diff)
 
     @property
     def memory_erases_twice(self) -> bool:

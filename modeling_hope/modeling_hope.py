@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, TypeVar
@@ -113,6 +114,14 @@ class HopePreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if callable(initialise := getattr(module, "initialise", None)):
             initialise()
+
+    def new_memory(self, batch_size: int = 1) -> HopeCache:
+        """An empty memory for this model, to be given as `past_key_values`; one row for each of the batch."""
+        return HopeCache(self.config, batch_size)
+
+    def load_memory(self, directory: str | os.PathLike[str]) -> HopeCache:
+        """The memory that `HopeCache.save_pretrained` wrote to a directory; see `HopeCache.from_pretrained`."""
+        return HopeCache.from_pretrained(directory, model=self)
 
 
 class HopeModel(HopePreTrainedModel):

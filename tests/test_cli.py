@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from modeling_hope.auto_hope import AUTO_MAP
 from modeling_hope.benchmarks import gpu_speed
 from modeling_hope.cli.convert import periods
 from modeling_hope.cli.main import main
@@ -72,15 +73,12 @@ def test_demo_names_what_is_wrong(checkpoint, tmp_path, capsys):
 
 
 def test_convert(checkpoint, tmp_path, capsys):
-    assert (
-        main(
-            ["convert", str(checkpoint / "model"), str(tmp_path / "out"), "--periods", "8,never", "--dtype", "bfloat16"]
-        )
-        == 0
-    )
+    options = ["--periods", "8,never", "--dtype", "bfloat16", "--remote-code"]
+    assert main(["convert", str(checkpoint / "model"), str(tmp_path / "out"), *options]) == 0
     assert "left over" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.bfloat16 and model.config.cms_periods == [8, None]
+    assert model.config.auto_map == AUTO_MAP and (tmp_path / "out" / "auto_hope.py").is_file()
     assert main(["convert", str(checkpoint / "model"), str(tmp_path / "out")]) == 2
     assert "not empty" in capsys.readouterr().err
 
