@@ -77,6 +77,23 @@ class Inputs:
         """Real tokens of each row."""
         return self.packing.lengths(self.batch)
 
+    def unpack_states(self, layers: list[torch.Tensor] | None) -> tuple[torch.Tensor, ...] | None:
+        """Hidden states as the caller's batch."""
+        return None if layers is None else tuple(self.packing.unpack(layer) for layer in layers)
+
+    def unpack_attentions(self, layers: list[torch.Tensor] | None) -> tuple[torch.Tensor, ...] | None:
+        """
+        Attention weights `[batch, heads, longest, slots]` as the caller's batch: `[batch, heads, width, width]`.
+
+        What a memory holds has no columns: over its keys they stay as they are kept, `[batch, heads, width, slots]`.
+        """
+        if layers is None or self.packing.columns is None:
+            return None if layers is None else tuple(layers)
+        found = [self.packing.unpack(layer.transpose(1, 2)) for layer in layers]
+        if self.memory is None or not any(self.memory.seen):
+            found = [self.packing.unpack(layer.transpose(1, 3)).transpose(1, 3) for layer in found]
+        return tuple(layer.transpose(1, 2) for layer in found)
+
     def _check_rows(self) -> None:
         for row, length in enumerate(self.lengths):
             if length == 0 and (self.memory is None or self.memory.rows[row].seen == 0):

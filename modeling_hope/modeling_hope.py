@@ -52,13 +52,12 @@ class HopeDecoderLayer(GradientCheckpointingLayer):
         state: MixerState | None,
         span: Span,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        rotary: LlamaRotaryEmbedding,
         weights: dict[int, LevelWeights] | None,
         keep_state: bool,
     ) -> tuple[torch.Tensor, MixerState | None, torch.Tensor | None]:
         """`[batch, width, hidden_size]` to the same, the mixer's new state, and attention weights where there are any."""
         mixed, state, attention = self.mixer(
-            self.input_layernorm(hidden_states), state, span, position_embeddings, rotary, keep_state
+            self.input_layernorm(hidden_states), state, span, position_embeddings, keep_state
         )
         return self.cms(hidden_states + mixed, weights), state, attention
 
@@ -72,6 +71,7 @@ class HopePreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "state", "span", "weights"]
     _supports_flash_attn = True
     _supports_sdpa = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
     _is_stateful = True
 
@@ -190,8 +190,8 @@ class HopeModel(HopePreTrainedModel):
     def _output(self, inputs: Inputs, reading: Reading) -> BaseModelOutputWithPast:
         return BaseModelOutputWithPast(
             last_hidden_state=inputs.packing.unpack(reading.hidden),
-            hidden_states=reading.unpacked_states(inputs.packing),
-            attentions=None if reading.attentions is None else tuple(reading.attentions),
+            hidden_states=inputs.unpack_states(reading.hidden_states),
+            attentions=inputs.unpack_attentions(reading.attentions),
         )
 
     def _as_tuple(self, return_dict: bool | None) -> bool:
@@ -205,7 +205,7 @@ class HopeModel(HopePreTrainedModel):
         weights: list[dict[int, LevelWeights]] | None,
         keep_states: bool,
         hidden_states: list[torch.Tensor] | None = None,
-        attentions: list[torch.Tensor | None] | None = None,
+        attentions: list[torch.Tensor] | None = None,
         grad_from: int = 0,
     ) -> tuple[torch.Tensor, list[MixerState | None]]:
         """
@@ -217,7 +217,7 @@ class HopeModel(HopePreTrainedModel):
             states: the mixers' states of these rows, by layer.
             weights: by layer and level, the weights of the levels whose rows differ.
             keep_states: whether to return the new states.
-            hidden_states, attentions: lists to append each layer's to.
+            hidden_states, attentions: lists to append each layer's to, of attention layers in the latter.
             grad_from: layers before this one need no gradient.
 
         Returns:
@@ -225,6 +225,10 @@ class HopeModel(HopePreTrainedModel):
         """
         hidden = embeds
         position_embeddings = self.rotary_emb(hidden, span.positions().clamp(min=0))
+        for layer in self.layers:
+            if isinstance(layer.mixer, HopeAttention):
+                flex = self.config._attn_implementation == "flex_attention"
+                span.make_plan(layer.mixer.layout, self.rotary_emb, hidden, flex)
         new_states: list[MixerState | None] = []
         for index, layer in enumerate(self.layers):
             if hidden_states is not None:
@@ -235,12 +239,11 @@ class HopeModel(HopePreTrainedModel):
                     states[index],
                     span,
                     position_embeddings,
-                    self.rotary_emb,
                     weights[index] if weights else None,
                     keep_states,
                 )
             new_states.append(state)
-            if attentions is not None:
+            if attentions is not None and attention is not None:
                 attentions.append(attention)
         hidden = self.norm(hidden)
         if hidden_states is not None:
@@ -367,8 +370,8 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            hidden_states=reading.unpacked_states(packing),
-            attentions=None if reading.attentions is None else tuple(reading.attentions),
+            hidden_states=inputs.unpack_states(reading.hidden_states),
+            attentions=inputs.unpack_attentions(reading.attentions),
         )
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, packing: Packing, **kwargs: Any) -> torch.Tensor:

@@ -16,7 +16,6 @@ from .inputs import Inputs
 from .key_layout import Span
 from .learning import Stretch, act, gather, gradients, next_stretch, run_weights, segment_loss, to_last_segment
 from .mixer_state import MixerState
-from .packing import Packing
 from .stream_record import NO_TOKEN
 
 
@@ -63,7 +62,7 @@ class Run:
         self.rows, self.offsets, self.lengths, self.hidden = rows, offsets, lengths, hidden
         self.logits: torch.Tensor | None = None
         self.hidden_states: list[torch.Tensor] = []
-        self.attentions: list[torch.Tensor | None] = []
+        self.attentions: list[torch.Tensor] = []
 
 
 @dataclass
@@ -75,17 +74,13 @@ class Reading:
         hidden: the last hidden states, normed, `[batch, longest, hidden_size]`; unset where there are `logits`.
         logits: `[batch, longest, vocab_size]`, where some were made on the way.
         hidden_states: every layer's, `[batch, longest, hidden_size]`; `None` unless they were asked for.
-        attentions: every layer's, `[batch, heads, longest, keys]` or `None`; likewise.
+        attentions: every attention layer's, `[batch, heads, longest, slots]`; likewise.
     """
 
     hidden: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     hidden_states: list[torch.Tensor] | None = None
-    attentions: list[torch.Tensor | None] | None = None
-
-    def unpacked_states(self, packing: Packing) -> tuple[torch.Tensor, ...] | None:
-        """Every layer's hidden states, as the caller's batch."""
-        return None if self.hidden_states is None else tuple(packing.unpack(layer) for layer in self.hidden_states)
+    attentions: list[torch.Tensor] | None = None
 
 
 class Stream:
