@@ -9,10 +9,10 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
-    LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
     repeat_kv,
 )
+from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_hope import HopeConfig
 from .key_layout import AttentionPlan, Block, KeyLayout, Span
@@ -43,21 +43,19 @@ class HopeAttention(LlamaAttention):
         state: AttentionState | None,
         span: Span,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        rotary: LlamaRotaryEmbedding,
         keep_state: bool,
     ) -> tuple[torch.Tensor, AttentionState | None, torch.Tensor | None]:
         """
         Args:
             hidden_states: `[batch, width, hidden_size]`.
             state: what the rows have cached; `None` when they have read nothing.
-            span: the stretch of its stream that each row reads.
+            span: the stretch of its stream that each row reads, with a plan for this kind of attention.
             position_embeddings: cosines and sines of the positions, `[batch or 1, width, head_dim]`.
-            rotary: makes them, from positions `[batch or 1, n]`, for sinks that move.
             keep_state: whether the caller wants the new state.
 
         Returns:
             The output `[batch, width, hidden_size]`, the new state or `None`, and the attention weights
-            `[batch, heads, width, keys]` where the implementation makes them and one block of keys served all queries.
+            `[batch, heads, width, slots]` over the cached keys and the new ones, where they are made (`eager`).
         """
         batch, width, _ = hidden_states.shape
         by_head = (batch, width, -1, self.head_dim)
@@ -66,7 +64,7 @@ class HopeAttention(LlamaAttention):
         values = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
         queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)
 
-        plan = span.plan(self.layout, rotary, hidden_states)
+        plan = span.plans[self.layout]
         if plan.cached:
             assert state is not None
             keys = torch.cat([state.tensors["keys"][:, :, : plan.cached], keys], dim=2)
@@ -105,20 +103,31 @@ def attend(
     implementation = module.config._attn_implementation
     dropout = module.attention_dropout if module.training else 0.0
     options: dict[str, Any] = {"dropout": dropout, "scaling": module.scaling}
-    if "flash" in implementation:
+    if is_flash_attention_requested(requested_attention_implementation=implementation):
         return _flash_attend(module, queries, keys, values, plan, options)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
-    outputs, weights = [], None
+    outputs, weights = [], []
     for block in plan.blocks:
         seen_keys, seen_values = _seen(block, keys), values[:, :, block.first : block.last]
         if block.sinks:
             seen_values = torch.cat([values[:, :, : block.sinks], seen_values], dim=2)
-        part = queries[:, :, block.start : block.stop]
-        output, weights = function(module, part, seen_keys, seen_values, block.mask, **options)
+        part = queries if len(plan.blocks) == 1 else queries[:, :, block.start : block.stop]
+        output, seen = function(module, part, seen_keys, seen_values, block.mask, **options)
         outputs.append(output)
+        if implementation == "eager":
+            weights.append(_over_all(seen, block, keys.shape[2]))
     if len(outputs) == 1:
-        return outputs[0], weights
-    return torch.cat(outputs, dim=1), None
+        return outputs[0], weights[0] if weights else None
+    return torch.cat(outputs, dim=1), torch.cat(weights, dim=2) if weights else None
+
+
+def _over_all(weights: torch.Tensor, block: Block, slots: int) -> torch.Tensor:
+    """A block's weights `[batch, heads, queries, keys]` over all key slots, 0 where it sees none: `[..., slots]`."""
+    if weights.shape[3] == slots:
+        return weights
+    sinks, window = weights.split([block.sinks, block.last - block.first], dim=3)
+    between = nn.functional.pad(sinks, (0, block.first - block.sinks))
+    return nn.functional.pad(torch.cat([between, window], dim=3), (0, slots - block.last))
 
 
 def _seen(block: Block, keys: torch.Tensor) -> torch.Tensor:
@@ -163,7 +172,7 @@ def _flash_attend(
     plan: AttentionPlan,
     options: dict[str, Any],
 ) -> tuple[torch.Tensor, None]:
-    """Flash attention takes no mask: rows are laid end to end, and their lengths say where one ends."""
+    """Flash attention takes no mask: rows that differ are laid end to end, and their lengths say where one ends."""
     layout = plan.layout
     if layout.window is not None and layout.sinks:
         raise ValueError(
@@ -171,6 +180,10 @@ def _flash_attend(
             f"({layout.sinks}) in view of a sliding window: load the model with attn_implementation='sdpa', or set "
             "attention_sinks=0."
         )
+    function = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
+    options["sliding_window"] = layout.window
+    if plan.packed is None:
+        return function(module, queries, keys, values, None, **options)[0], None
     batch, heads, width, head_dim = queries.shape
     device = queries.device
     slots = torch.arange(width, device=device)
@@ -179,14 +192,12 @@ def _flash_attend(
     flat_queries = queries.transpose(1, 2)[real].transpose(0, 1)[None]
     flat_keys = keys.transpose(1, 2)[valid].transpose(0, 1)[None]
     flat_values = values.transpose(1, 2)[valid].transpose(0, 1)[None]
-    function = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
     output, _ = function(
         module,
         flat_queries,
         flat_keys,
         flat_values,
         None,
-        sliding_window=layout.window,
         cu_seq_lens_q=_offsets(plan.query_counts, device),
         cu_seq_lens_k=_offsets(plan.key_counts, device),
         max_length_q=max(plan.query_counts),

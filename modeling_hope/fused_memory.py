@@ -3,12 +3,14 @@ The operations of a chunk with their backward passes derived by hand; `memory_ru
 plain torch what they compute, and are what a gradient of a gradient is taken of.
 
 Autograd would keep and read again every intermediate. Here each pass keeps what its backward needs, and works in place.
+A compiler chooses by itself what to keep and what to fuse, and is handed the plain operations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +22,22 @@ from .memory_rule import inner_gradients as plain_inner_gradients
 from .memory_rule import read as plain_read
 from .memory_rule import read_within as plain_read_within
 from .memory_rule import unit as plain_unit
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def twin_of(plain: F) -> Callable[[F], F]:
+    """An operation that stands in for `plain`, except in a compiled graph."""
+
+    def decorate(fused: F) -> F:
+        @wraps(fused)
+        def chosen(*args: Any) -> Any:
+            return plain(*args) if torch.compiler.is_compiling() else fused(*args)
+
+        return chosen  # type: ignore[return-value]
+
+    return decorate
 
 
 class _WithPlainTwin(torch.autograd.Function):
@@ -45,6 +63,7 @@ class _WithPlainTwin(torch.autograd.Function):
         return [next(found) if want else None for want in wanted]
 
 
+@twin_of(plain_unit)
 def unit(a: torch.Tensor, dim: int = -2) -> torch.Tensor:
     """`memory_rule.unit`."""
     return _Unit.apply(a, dim)
@@ -69,6 +88,7 @@ class _Unit(_WithPlainTwin):
         return torch.addcmul(d_normed, normed, along, value=-1).div_(norm), None
 
 
+@twin_of(plain_read)
 def read(maps: Maps, gamma: torch.Tensor | None, inputs: torch.Tensor) -> torch.Tensor:
     """`memory_rule.read`."""
     if gamma is None:
@@ -136,6 +156,7 @@ def _first_backward(d_before: torch.Tensor, w2: torch.Tensor, a: torch.Tensor) -
     return torch.bmm(d_rows, a.mT)[:, None], torch.bmm(w2[:, 0].mT, d_rows)
 
 
+@twin_of(plain_inner_gradients)
 def inner_gradients(maps: Maps, gamma: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, rule: Rule) -> Inner:
     """`memory_rule.inner_gradients`."""
     if gamma is None:
@@ -221,6 +242,7 @@ class _Inner(_WithPlainTwin):
         return d_w2, d_w1, d_gamma, d_k.add_(d_a), d_target, None
 
 
+@twin_of(plain_delta_chunk)
 def delta_chunk(chunk: Chunk) -> Write:
     """`delta_rule.delta_chunk`; fused where there is a delta term, a whole chunk, and no sum from parts before it."""
     if chunk.erasing is None or not chunk.ends or chunk.sums is not None:
@@ -329,6 +351,7 @@ class _Delta(_WithPlainTwin):
         )  # fmt: skip
 
 
+@twin_of(plain_go_on)
 def go_on(
     now: torch.Tensor, sums: torch.Tensor, momentum: torch.Tensor, mu: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -356,6 +379,7 @@ class _GoOn(torch.autograd.Function):
         return d_ahead, d_sums, d_sums * mu, d_mu
 
 
+@twin_of(plain_read_within)
 def read_within(
     maps: Maps,
     rest: Maps | None,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 
@@ -67,8 +68,12 @@ class KeyLayout:
         if self.window is None:
             return []
         still = self.window + self.sinks  # the sinks stay where they are until a block starts beyond this
-        start = max(begin, still) // self.block + 1
-        return list(range(start * self.block, end, self.block))
+        start = (max(begin, still) // self.block + 1) * self.block
+        starts = []
+        while start < end:  # a range would tie a compiled graph to one length
+            starts.append(start)
+            start += self.block
+        return starts
 
     def visible(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """
@@ -94,13 +99,16 @@ class Span:
         lengths: tokens of each row in this run, at most `width`; a row may have none.
         width: columns of the run.
         device: where positions and masks live.
+        plans: how each kind of attention attends; made once, and shared by its layers.
+
+    Where all rows are alike, one entry in `begin` and `lengths` may stand for all.
     """
 
     begin: list[int]
     lengths: list[int]
     width: int
     device: torch.device
-    _plans: dict[KeyLayout, AttentionPlan] = field(default_factory=dict)
+    plans: dict[KeyLayout, AttentionPlan] = field(default_factory=dict)
 
     @property
     def uniform(self) -> bool:
@@ -120,14 +128,15 @@ class Span:
         lengths = torch.tensor(self.lengths, device=self.device)[:, None]
         return torch.where(steps < lengths, begin + steps, -1)
 
-    def plan(self, layout: KeyLayout, rotary: LlamaRotaryEmbedding, like: torch.Tensor) -> AttentionPlan:
-        """The plan of a kind of attention, made once and shared by its layers."""
-        if layout not in self._plans:
-            plan = _uniform_plan(self, layout) if self.uniform else _ragged_plan(self, layout)
-            for block in plan.blocks:
-                block.make_rotation(rotary, like)
-            self._plans[layout] = plan
-        return self._plans[layout]
+    def make_plan(self, layout: KeyLayout, rotary: LlamaRotaryEmbedding, like: torch.Tensor, flex: bool) -> None:
+        """Plan a kind of attention, unless that was done. `flex`: masks are for flex attention."""
+        if layout in self.plans:
+            return
+        self.plans[layout] = _uniform_plan(self, layout) if self.uniform else _ragged_plan(self, layout)
+        for block in self.plans[layout].blocks:
+            block.make_rotation(rotary, like)
+            if flex:
+                block.mask = block.flex_mask(like.device)
 
 
 @dataclass
@@ -141,7 +150,7 @@ class Block:
         sinks: slots of the sinks in front of them; 0 where they are among them, unmoved.
         shifts: how far each row's sinks have moved, `[batch or 1]`.
         mask: `[batch or 1, 1, stop - start, keys]` bool, true where a query sees a key; `None` for plain causal
-            attention over no other keys, or for one query that sees every key.
+            attention over no other keys, or for one query that sees every key. For flex attention a `BlockMask`.
         rotation: cosines and sines of the move, `[batch or 1, 1, head_dim]`; `None` when nothing has moved.
     """
 
@@ -151,8 +160,22 @@ class Block:
     last: int
     sinks: int
     shifts: list[int]
-    mask: torch.Tensor | None
+    mask: torch.Tensor | BlockMask | None
     rotation: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def flex_mask(self, device: torch.device) -> BlockMask | None:
+        """`mask` as flex attention takes it, to which none means that every query sees every key."""
+        dense, width = self.mask, self.stop - self.start
+        if dense is None:
+            if width == 1:
+                return None
+            dense = torch.ones(1, 1, width, width, dtype=torch.bool, device=device).tril()
+        rows, _, _, keys = dense.shape
+
+        def sees(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            return dense[row % rows, 0, query, key]
+
+        return create_block_mask(sees, rows if rows > 1 else None, None, width, keys, device=device)
 
     def make_rotation(self, rotary: LlamaRotaryEmbedding, like: torch.Tensor) -> None:
         if self.sinks and any(self.shifts):
@@ -170,8 +193,7 @@ class AttentionPlan:
         layout: the kind of attention.
         cached: cached key slots that take part, the most of any row.
         blocks: the queries, divided by where they see the sinks.
-        query_counts: queries of each row.
-        key_counts: keys of each row, cached and new.
+        query_counts, key_counts: of each row of a ragged run, its queries, and its keys, cached and new.
         packed: `[batch, slots]`, for ragged runs: where in the `cached + width` slots each row's keys lie.
         kept: `[batch, kept]`, for ragged runs: which of the packed slots are kept.
         dropped: for uniform runs, how many slots right after the sinks are dropped.
@@ -180,8 +202,8 @@ class AttentionPlan:
     layout: KeyLayout
     cached: int
     blocks: list[Block]
-    query_counts: list[int]
-    key_counts: list[int]
+    query_counts: list[int] = field(default_factory=list)
+    key_counts: list[int] = field(default_factory=list)
     packed: torch.Tensor | None = None
     kept: torch.Tensor | None = None
     dropped: int = 0
@@ -213,12 +235,10 @@ def _uniform_plan(span: Span, layout: KeyLayout) -> AttentionPlan:
         sinks, first = _in_front(layout, max(oldest, 0), moved=shift > 0)
         keys = torch.cat([slots[:sinks], slots[first:last]])
         mask = None
-        if not _plainly_causal(layout, start, stop, len(keys)):
+        if not _plainly_causal(layout, start, stop, keys.shape[0]):
             mask = layout.visible(queries[:, start - begin : stop - begin], keys[None])[:, None]
         blocks.append(Block(start - begin, stop - begin, first, last, sinks, [shift], mask))
-    counts = [cached + span.width] * len(span.begin)
-    dropped = cached + span.width - layout.count(end)
-    return AttentionPlan(layout, cached, blocks, span.lengths, counts, dropped=dropped)
+    return AttentionPlan(layout, cached, blocks, dropped=cached + span.width - layout.count(end))
 
 
 def _in_front(layout: KeyLayout, oldest: int, moved: bool) -> tuple[int, int]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,11 +20,12 @@ from .configuration_hope import HopeConfig
 from .continuum_memory import HopeContinuumMemory, HopeRMSNorm
 from .fast_weights import LevelWeights
 from .generation_hope import HopeGenerationMixin
+from .inputs import Inputs
 from .key_layout import Span
 from .mixer_state import MixerState
 from .packing import Packing
 from .self_modifying_memory import SelfModifyingMemory
-from .stream import Run, Stream, check_labels
+from .stream import Reading, Run, Stream, with_memory
 from .turn import check_learn
 
 
@@ -36,31 +36,6 @@ TWO_RUNS = (
     "`output_attentions`: this call is read in two runs, for the memory keeps what its last segment began with. Give "
     "use_cache=False and no memory."
 )
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def outside_inference_mode(forward: F) -> F:
-    """
-    Run `forward` as under `no_grad` when called under `inference_mode`.
-
-    Tensors made in inference mode can never take part in a gradient, and a memory's tensors have to: a segment may end
-    in a later call.
-    """
-
-    @wraps(forward)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_inference_mode_enabled():
-            return forward(self, *args, **kwargs)
-        with torch.inference_mode(False), torch.no_grad():
-            args = tuple(_usable(value) for value in args)
-            return forward(self, *args, **{name: _usable(value) for name, value in kwargs.items()})
-
-    return wrapped  # type: ignore[return-value]
-
-
-def _usable(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
 
 
 class HopeDecoderLayer(GradientCheckpointingLayer):
@@ -79,7 +54,6 @@ class HopeDecoderLayer(GradientCheckpointingLayer):
         state: MixerState | None,
         span: Span,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        rotary: LlamaRotaryEmbedding,
         weights: dict[int, LevelWeights] | None,
         keep_state: bool,
     ) -> tuple[torch.Tensor, MixerState | None, torch.Tensor | None]:
@@ -87,7 +61,7 @@ class HopeDecoderLayer(GradientCheckpointingLayer):
         if state is not None and state.device != hidden_states.device:
             state = state.to(hidden_states.device)  # from where an offloading memory keeps it
         mixed, state, attention = self.mixer(
-            self.input_layernorm(hidden_states), state, span, position_embeddings, rotary, keep_state
+            self.input_layernorm(hidden_states), state, span, position_embeddings, keep_state
         )
         return self.cms(hidden_states + mixed, weights), state, attention
 
@@ -101,6 +75,7 @@ class HopePreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "state", "span", "weights"]
     _supports_flash_attn = True
     _supports_sdpa = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
     _is_stateful = True
 
@@ -143,7 +118,6 @@ class HopeModel(HopePreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @outside_inference_mode
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -179,29 +153,66 @@ class HopeModel(HopePreTrainedModel):
                 f"`learn={learn!r}`: {type(self).__name__} has no next-token loss to learn from. Use HopeForCausalLM."
             )
         check_options(kwargs)
-        output_hidden_states, output_attentions = wanted_outputs(self.config, output_hidden_states, output_attentions)
-        stream = Stream(self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        wanted = wanted_outputs(self.config, output_hidden_states, output_attentions)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        if past_key_values is None and not use_cache:
+            inputs = Inputs(self.config, *given)
+            output = self._output(inputs, self.read_alone(inputs, *wanted))
+        else:
+            output = self._read_on(given, *wanted)
+        return output.to_tuple() if self._as_tuple(return_dict) else output
+
+    def read_alone(self, inputs: Inputs, hidden_states: bool, attentions: bool) -> Reading:
+        """
+        Read what has no memory, keeps none and is not learned from: one run, of the same operations for all that it may
+        hold, which is what can be compiled and exported.
+
+        Rows run as if all were full: nothing before a row's end sees what lies behind it.
+        """
+        embeds = inputs.embeds if inputs.ids is None else self.embed_tokens(inputs.ids)
+        assert embeds is not None
+        width = embeds.shape[1]
+        reading = Reading(hidden_states=[] if hidden_states else None, attentions=[] if attentions else None)
+        span = Span([0], [width], width, embeds.device)
+        states: list[MixerState | None] = [None] * len(self.layers)
+        reading.hidden, _ = self.run(
+            embeds,
+            span,
+            states,
+            weights=None,
+            keep_states=False,
+            hidden_states=reading.hidden_states,
+            attentions=reading.attentions,
+        )
+        return reading
+
+    @with_memory
+    def _read_on(self, given: tuple[Any, ...], hidden_states: bool, attentions: bool) -> BaseModelOutputWithPast:
+        inputs = Inputs(self.config, *given)
+        stream = Stream(self, inputs)
         if stream.learns():
             raise ValueError(
                 "`past_key_values` holds tokens to be learned from, and their segment or period ends in this call: a "
                 f"{type(self).__name__} has no next-token loss to learn from. Read on with HopeForCausalLM."
             )
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        stream.keep = past_key_values is not None or use_cache
         runs: list[Run] = []
         while not runs or not stream.finished:
             stretches = stream.stretches()
             reading = [row for row, stretch in enumerate(stretches) if stretch.length or not runs]
-            runs.append(stream.read(reading, stretches, output_hidden_states, output_attentions))
-        if output_attentions and len(runs) > 1:
+            runs.append(stream.read(reading, stretches, hidden_states, attentions))
+        if attentions and len(runs) > 1:
             raise ValueError(TWO_RUNS)
-        output = BaseModelOutputWithPast(
-            last_hidden_state=stream.whole(runs, [run.hidden for run in runs]),
-            past_key_values=stream.close() if stream.keep else None,
-            hidden_states=stream.hidden_states(runs) if output_hidden_states else None,
-            attentions=tuple(runs[0].attentions) if output_attentions else None,
+        output = self._output(inputs, stream.reading(runs, hidden_states, attentions))
+        output.past_key_values = stream.close()
+        return output
+
+    def _output(self, inputs: Inputs, reading: Reading) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(
+            last_hidden_state=inputs.packing.unpack(reading.hidden),
+            hidden_states=inputs.unpack_states(reading.hidden_states),
+            attentions=inputs.unpack_attentions(reading.attentions),
         )
-        return output.to_tuple() if self._as_tuple(return_dict) else output
 
     def _as_tuple(self, return_dict: bool | None) -> bool:
         return not (self.config.return_dict if return_dict is None else return_dict)
@@ -215,7 +226,7 @@ class HopeModel(HopePreTrainedModel):
         keep_states: bool,
         home: torch.device | None = None,
         hidden_states: list[torch.Tensor] | None = None,
-        attentions: list[torch.Tensor | None] | None = None,
+        attentions: list[torch.Tensor] | None = None,
         grad_from: int = 0,
     ) -> tuple[torch.Tensor, list[MixerState | None]]:
         """
@@ -228,7 +239,7 @@ class HopeModel(HopePreTrainedModel):
             weights: by layer and level, the weights of the levels whose rows differ.
             keep_states: whether to return the new states.
             home: where to put each new state away; `None` to leave it with its layer.
-            hidden_states, attentions: lists to append each layer's to.
+            hidden_states, attentions: lists to append each layer's to, of attention layers in the latter.
             grad_from: layers before this one need no gradient.
 
         Returns:
@@ -236,6 +247,10 @@ class HopeModel(HopePreTrainedModel):
         """
         hidden = embeds
         position_embeddings = self.rotary_emb(hidden, span.positions().clamp(min=0))
+        for layer in self.layers:
+            if isinstance(layer.mixer, HopeAttention):
+                flex = self.config._attn_implementation == "flex_attention"
+                span.make_plan(layer.mixer.layout, self.rotary_emb, hidden, flex)
         new_states: list[MixerState | None] = []
         for index, layer in enumerate(self.layers):
             if hidden_states is not None:
@@ -246,12 +261,11 @@ class HopeModel(HopePreTrainedModel):
                     states[index],
                     span,
                     position_embeddings,
-                    self.rotary_emb,
                     weights[index] if weights else None,
                     keep_states,
                 )
             new_states.append(state if state is None or home is None else state.to(home))
-            if attentions is not None:
+            if attentions is not None and attention is not None:
                 attentions.append(attention)
         hidden = self.norm(hidden)
         if hidden_states is not None:
@@ -273,7 +287,6 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         self.generation_config._from_model_config = False
         self.post_init()
 
-    @outside_inference_mode
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -320,58 +333,76 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         if learn is not None:
             check_learn(learn)
         check_options(kwargs)
-        output_hidden_states, output_attentions = wanted_outputs(self.config, output_hidden_states, output_attentions)
-        stream = Stream(self.model, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, idle_rows)
-        stream.head_of = self
-        if labels is not None:
-            check_labels(labels, stream.batch, stream.width, self.config.vocab_size, logits_to_keep)
-        stream.mark(self._learns(learn), learn_mask)
+        wanted = wanted_outputs(self.config, output_hidden_states, output_attentions)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        learns = stream.learns()
-        if output_attentions and learns:
-            raise ValueError("`output_attentions` needs a call in which nothing is learned: give learn='off'.")
-        stream.keep = past_key_values is not None or use_cache or learns
-        all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        learns = self._learns(learn) and bool(self.config.learning_levels)
+        given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        given += (idle_rows, labels, learn_mask, logits_to_keep)
+        if past_key_values is None and not use_cache and not learns:
+            inputs = Inputs(self.config, *given)
+            output = self._output(inputs, self.model.read_alone(inputs, *wanted), **kwargs)
+        else:
+            output = self._read_on(given, learns, use_cache, *wanted, **kwargs)
+        return output.to_tuple() if self.model._as_tuple(return_dict) else output
 
+    @with_memory
+    def _read_on(
+        self,
+        given: tuple[Any, ...],
+        learns: bool,
+        use_cache: bool,
+        hidden_states: bool,
+        attentions: bool,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        inputs = Inputs(self.config, *given)
+        stream = Stream(self.model, inputs)
+        stream.head_of = self
+        stream.mark(learns, inputs.learn_mask)
+        learns = stream.learns()
+        if attentions and learns:
+            raise ValueError("`output_attentions` needs a call in which nothing is learned: give learn='off'.")
+        returned = inputs.memory is not None or use_cache
+        head = self.lm_head if inputs.wants_all_logits else None
+        stream.keep = returned or learns
         runs: list[Run] = []
         while not runs or not stream.finished:
             stretches = stream.stretches()
             learning = [row for row, stretch in enumerate(stretches) if stretch.learn]
             reading = [row for row, stretch in enumerate(stretches) if not stretch.learn]
             if learning:
-                runs.append(stream.learn(learning, stretches, self.lm_head, all_logits, output_hidden_states))
+                runs.append(stream.learn(learning, stretches, self.lm_head, inputs.wants_all_logits, hidden_states))
             if any(stretches[row].length for row in reading) or not learning:
-                runs.append(stream.read(reading, stretches, output_hidden_states, output_attentions))
+                runs.append(stream.read(reading, stretches, hidden_states, attentions))
             stream.act()
-        if output_attentions and len(runs) > 1:
+        if attentions and len(runs) > 1:
             raise ValueError(TWO_RUNS)
-        loss = None
-        if all_logits:
-            # Those that learning has made already are used again.
-            parts = [self.lm_head(run.hidden) if run.logits is None else run.logits for run in runs]
-            packed = stream.assemble(runs, parts)
-            logits = stream.packing.unpack(packed)
-            if labels is not None:
-                loss = self._loss(packed, labels, stream.packing, **kwargs)
+        output = self._output(inputs, stream.reading(runs, hidden_states, attentions, head), **kwargs)
+        output.past_key_values = stream.close() if returned else None
+        return output
+
+    def _output(self, inputs: Inputs, reading: Reading, **kwargs: Any) -> CausalLMOutputWithPast:
+        packing, kept, loss = inputs.packing, inputs.logits_to_keep, None
+        if inputs.wants_all_logits:
+            packed = self.lm_head(reading.hidden) if reading.logits is None else reading.logits
+            logits = packing.unpack(packed)
+            if inputs.labels is not None:
+                loss = self._loss(packed, inputs.labels, packing, **kwargs)
         else:
-            hidden = stream.whole(runs, [run.hidden for run in runs])
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, kept])
-        memory = stream.close() if past_key_values is not None or use_cache else None
-        output = CausalLMOutputWithPast(
+            hidden = packing.unpack(reading.hidden)
+            logits = self.lm_head(hidden[:, slice(-kept, None) if isinstance(kept, int) else kept])
+        return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=memory,
-            hidden_states=stream.hidden_states(runs) if output_hidden_states else None,
-            attentions=tuple(runs[0].attentions) if output_attentions else None,
+            hidden_states=inputs.unpack_states(reading.hidden_states),
+            attentions=inputs.unpack_attentions(reading.attentions),
         )
-        return output.to_tuple() if self.model._as_tuple(return_dict) else output
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, packing: Packing, **kwargs: Any) -> torch.Tensor:
         """Transformers' loss on packed rows: a token is predicted from the one before it, whatever pads lie between."""
-        real = torch.arange(packing.longest, device=labels.device)
-        real = real < torch.tensor(packing.lengths, device=labels.device)[:, None]
-        labels = packing.pack(labels).masked_fill(~real, -100)
+        labels = packing.pack(labels)
+        if packing.real is not None:
+            labels = labels.masked_fill(~packing.real, -100)
         return self.loss_function(
             logits=logits.contiguous(), labels=labels, vocab_size=self.config.vocab_size, **kwargs
         )

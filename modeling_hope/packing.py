@@ -13,44 +13,48 @@ class Packing:
     How a padded batch becomes rows that start with their real tokens.
 
     Attributes:
-        lengths: real tokens of each row, `[batch]` Python ints.
         width: columns of the padded batch.
-        columns: `[batch, longest]` int64, the padded column that each packed position comes from; `None` when
-            nothing is padded. Positions past a row's length hold one of its pads.
+        columns: `[batch, longest]` int64, the padded columns, each row's real ones first; `None` when nothing is padded.
+        real: `[batch, longest]` bool, the positions that hold a token; `None` likewise.
     """
 
-    lengths: list[int]
     width: int
     columns: torch.Tensor | None = None
+    real: torch.Tensor | None = None
 
     @property
     def longest(self) -> int:
         """Columns of the packed batch, at least one."""
-        return max(*self.lengths, 1)
+        return self.width if self.columns is None else self.columns.shape[1]
 
     @classmethod
-    def from_mask(cls, mask: torch.Tensor | None, batch: int, width: int) -> Packing:
+    def from_mask(cls, mask: torch.Tensor | None, width: int) -> Packing:
         """`mask`: `[batch, width]`, nonzero where a token is real; `None` when all are."""
-        if mask is None or bool(mask.all()):
-            return cls([width] * batch, width)
-        real = mask.bool()
-        lengths = real.sum(1).tolist()
-        columns = torch.argsort((~real).to(torch.uint8), dim=1, stable=True)[:, : max(*lengths, 1)]
-        return cls(lengths, width, columns)
+        compiling = torch.compiler.is_compiling()
+        if mask is None or (not compiling and bool(mask.all())):
+            return cls(width)
+        padded = mask == 0
+        lengths = width - padded.sum(1)
+        # No shape of a compiled graph depends on what a mask holds.
+        longest = width if compiling else max(int(lengths.max()), 1)
+        columns = torch.argsort(padded.to(torch.uint8), dim=1, stable=True)[:, :longest]
+        return cls(width, columns, torch.arange(longest, device=mask.device) < lengths[:, None])
+
+    def lengths(self, batch: int) -> list[int]:
+        """Real tokens of each row."""
+        return [self.width] * batch if self.real is None else self.real.sum(1).tolist()
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
-        """`[batch, width, ...]` to `[batch, longest, ...]`."""
-        if self.columns is None:
+        """`[batch, width, ...]` to `[batch, longest, ...]`; whatever pads hold, past its length a row repeats its start."""
+        if self.columns is None or self.real is None:
             return padded
-        return _along_columns(padded, self.columns)
+        return _along_columns(padded, torch.where(self.real, self.columns, self.columns[:, :1]))
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """`[batch, longest, ...]` to `[batch, width, ...]`, zero where the batch is padded."""
-        if self.columns is None:
+        if self.columns is None or self.real is None:
             return packed
-        positions = torch.arange(self.columns.shape[1], device=packed.device)
-        real = positions < torch.tensor(self.lengths, device=packed.device)[:, None]
-        kept = packed * real.view(*real.shape, *[1] * (packed.dim() - 2)).to(packed.dtype)
+        kept = packed * self.real.view(*self.real.shape, *[1] * (packed.dim() - 2)).to(packed.dtype)
         padded = packed.new_zeros(packed.shape[0], self.width, *packed.shape[2:])
         index = self.columns.view(*self.columns.shape, *[1] * (packed.dim() - 2)).expand_as(packed)
         return padded.scatter(1, index, kept)

@@ -98,7 +98,7 @@ class Memories(nn.Module):
         """What goes with those maps in every chunk."""
         dtype, mu, gamma = maps[0].dtype, None, None
         own = getattr(self, self.map_names[0])[:, memories]
-        batch, count = len(maps[0]) // len(own), own.shape[1]
+        batch, count = maps[0].shape[0] // own.shape[0], own.shape[1]
         if self.deep:
             gamma = _for_rows(self.gamma[:, memories].to(dtype)[..., None], batch)
         if self.momentum is not None:
@@ -227,7 +227,6 @@ class SelfModifyingMemory(nn.Module):
         state: MemoryState | None,
         span: Span,
         position_embeddings: Any,
-        rotary: Any,
         keep_state: bool,
     ) -> tuple[torch.Tensor, MemoryState | None, None]:
         """
@@ -235,7 +234,7 @@ class SelfModifyingMemory(nn.Module):
             hidden_states: `[batch, width, hidden_size]`.
             state: what the rows remember; `None` when they have read nothing.
             span: the stretch of its stream that each row reads.
-            position_embeddings, rotary: for mixers that know positions; this one does not.
+            position_embeddings: for mixers that know positions; this one does not.
             keep_state: whether the caller wants the new state.
 
         Returns:

@@ -3,22 +3,52 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
-from .cache_hope import OFFLOADED, HopeCache, check_memory
+from .cache_hope import OFFLOADED, HopeCache
+from .inputs import Inputs
 from .key_layout import Span
 from .learning import Stretch, act, gather, gradients, next_stretch, run_weights, segment_loss, to_last_segment
 from .mixer_state import MixerState
-from .packing import Packing
 from .stream_record import NO_TOKEN
 
 
 if TYPE_CHECKING:
     from .modeling_hope import HopeDecoderLayer, HopeModel
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+NOT_COMPILED = (
+    "What is read at once and what is learned turns on what a memory holds, so that a call with a memory, or one that "
+    "learns, is not compiled. To compile or export a call, give use_cache=False and learn='off'."
+)
+
+
+def with_memory(read: F) -> F:
+    """
+    Run `read`, which works with a memory, outside of compiled graphs and of inference mode.
+
+    Tensors made in inference mode can never take part in a gradient, and a memory's tensors have to: a segment may end
+    in a later call. There `read` runs as under `no_grad`.
+    """
+
+    @wraps(read)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_exporting():
+            raise ValueError(NOT_COMPILED)
+        if not torch.is_inference_mode_enabled():
+            return read(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return read(*args, **kwargs)
+
+    return torch.compiler.disable(wrapped, reason=NOT_COMPILED)  # type: ignore[return-value]
 
 
 class Run:
@@ -32,7 +62,25 @@ class Run:
         self.rows, self.offsets, self.lengths, self.hidden = rows, offsets, lengths, hidden
         self.logits: torch.Tensor | None = None
         self.hidden_states: list[torch.Tensor] = []
-        self.attentions: list[torch.Tensor | None] = []
+        self.attentions: list[torch.Tensor] = []
+
+
+@dataclass
+class Reading:
+    """
+    What a call has read, in packed rows.
+
+    Attributes:
+        hidden: the last hidden states, normed, `[batch, longest, hidden_size]`; unset where there are `logits`.
+        logits: `[batch, longest, vocab_size]`, where some were made on the way.
+        hidden_states: every layer's, `[batch, longest, hidden_size]`; `None` unless they were asked for.
+        attentions: every attention layer's, `[batch, heads, longest, slots]`; likewise.
+    """
+
+    hidden: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: list[torch.Tensor] | None = None
+    attentions: list[torch.Tensor] | None = None
 
 
 class Stream:
@@ -46,49 +94,17 @@ class Stream:
         head_of: the model that was called, which a memory notes as its own.
     """
 
-    def __init__(
-        self,
-        model: HopeModel,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        past_key_values: HopeCache | None,
-        inputs_embeds: torch.Tensor | None,
-        idle_rows: bool = False,
-    ):
-        config = model.config
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        inputs = input_ids if input_ids is not None else inputs_embeds
-        assert inputs is not None
-        name, rank = ("input_ids", 2) if input_ids is not None else ("inputs_embeds", 3)
-        if inputs.dim() != rank or inputs.shape[0] == 0 or inputs.shape[1] == 0:
-            raise ValueError(f"`{name}` has shape {tuple(inputs.shape)}: give at least one row of at least one token.")
-        if input_ids is not None:
-            check_ids(input_ids, config.vocab_size)
-        elif inputs.shape[-1] != config.hidden_size:
-            raise ValueError(
-                f"`inputs_embeds` has width {inputs.shape[-1]}, the model hidden_size={config.hidden_size}."
-            )
-        self.model, self.batch, self.width = model, inputs.shape[0], inputs.shape[1]
-        if past_key_values is not None:
-            check_memory(past_key_values, config, self.batch)
-        self.given = past_key_values
-        mask = check_mask(attention_mask, self.batch, self.width, past_key_values)
-        self.packing = Packing.from_mask(mask, self.batch, self.width)
-        for row, length in enumerate(self.packing.lengths):
-            if length == 0 and not idle_rows and (past_key_values is None or past_key_values.rows[row].seen == 0):
-                raise ValueError(f"`attention_mask` row {row} is all padding: a row needs at least one token.")
-        self.cache = HopeCache(config, self.batch) if past_key_values is None else past_key_values.clone()
-        if position_ids is not None:
-            self._check_positions(position_ids)
-        self.ids = None if input_ids is None else self.packing.pack(input_ids)
-        self.embeds = None if inputs_embeds is None else self.packing.pack(inputs_embeds)
+    def __init__(self, model: HopeModel, inputs: Inputs):
+        self.model, self.batch, self.width, self.packing = model, inputs.batch, inputs.width, inputs.packing
+        self.lengths = inputs.lengths
+        self.given = inputs.memory
+        self.cache = HopeCache(model.config, self.batch) if self.given is None else self.given.clone()
+        self.ids, self.embeds = _usable(inputs.ids), _usable(inputs.embeds)
         for row, record in enumerate(self.cache.rows):
             if record.ids.device != inputs.device:
                 self.cache.rows[row] = replace(record, ids=record.ids.to(inputs.device))
         self.offsets = [0] * self.batch
-        self.coming = [torch.zeros(length, dtype=torch.bool) for length in self.packing.lengths]
+        self.coming = [torch.zeros(length, dtype=torch.bool) for length in self.lengths]
         self.keep = True
         self.home = OFFLOADED if self.cache.offloading else None
         self.head_of: nn.Module = model
@@ -99,38 +115,21 @@ class Stream:
             next_stretch(record, coming, self.model.config)
             for record, coming in zip(self.cache.rows, self.coming, strict=True)
         ]
-        return stretches != [Stretch(length) for length in self.packing.lengths]
-
-    def _check_positions(self, position_ids: torch.Tensor) -> None:
-        counted = torch.zeros(self.batch, self.packing.longest, dtype=torch.bool)
-        if position_ids.shape in ((1, self.width), (self.batch, self.width)):
-            given = self.packing.pack(position_ids.expand(self.batch, -1)).cpu()
-            steps = torch.arange(self.packing.longest)
-            expected = torch.tensor(self.cache.seen)[:, None] + steps
-            counted = (given == expected) | (steps >= torch.tensor(self.packing.lengths)[:, None])
-        if not counted.all():
-            raise ValueError(
-                "`position_ids` do not count each row's tokens from where its memory stands. Leave them out: a Hope model "
-                "counts by itself. For several documents in one row, give each its own row."
-            )
+        return stretches != [Stretch(length) for length in self.lengths]
 
     def mark(self, learn: bool, learn_mask: torch.Tensor | None) -> None:
         """Mark the call's tokens to be learned from, if any: all, or where `learn_mask`, `[batch, width]`, is nonzero."""
-        if learn_mask is not None and learn_mask.shape != (self.batch, self.width):
-            raise ValueError(
-                f"`learn_mask` has shape {tuple(learn_mask.shape)}, the tokens {(self.batch, self.width)}: give one entry for each."
-            )
         if not learn or self.ids is None:
             return
         if learn_mask is None:
             self.coming = [torch.ones_like(coming) for coming in self.coming]
             return
-        packed = self.packing.pack(learn_mask).bool().cpu()
-        self.coming = [packed[row, :length] for row, length in enumerate(self.packing.lengths)]
+        packed = _usable(self.packing.pack(learn_mask)).bool().cpu()
+        self.coming = [packed[row, :length] for row, length in enumerate(self.lengths)]
 
     @property
     def finished(self) -> bool:
-        return self.offsets == self.packing.lengths
+        return self.offsets == self.lengths
 
     def stretches(self) -> list[Stretch]:
         """What each row reads before something is learned or applied, or before the open segment that it will leave."""
@@ -257,13 +256,19 @@ class Stream:
                 whole[row, offset : offset + length] = part[index, :length]
         return whole
 
-    def whole(self, runs: list[Run], parts: list[torch.Tensor]) -> torch.Tensor:
-        """Runs' outputs as the caller's batch, `[batch, width, ...]`, zero where padded."""
-        return self.packing.unpack(self.assemble(runs, parts))
-
-    def hidden_states(self, runs: list[Run]) -> tuple[torch.Tensor, ...]:
-        """Every layer's, as the caller's batch."""
-        return tuple(self.whole(runs, list(parts)) for parts in zip(*(run.hidden_states for run in runs), strict=True))
+    def reading(self, runs: list[Run], hidden_states: bool, attentions: bool, head: nn.Module | None = None) -> Reading:
+        """What the runs gave. With a `head`: the logits, for those that learning has made already are used again."""
+        reading = Reading(attentions=runs[0].attentions if attentions else None)
+        if head is None:
+            reading.hidden = self.assemble(runs, [run.hidden for run in runs])
+        else:
+            reading.logits = self.assemble(
+                runs, [head(run.hidden) if run.logits is None else run.logits for run in runs]
+            )
+        if hidden_states:
+            layers = zip(*(run.hidden_states for run in runs), strict=True)
+            reading.hidden_states = [self.assemble(runs, list(parts)) for parts in layers]
+        return reading
 
     def close(self) -> HopeCache:
         """Make the call's work the caller's, once nothing can fail any more."""
@@ -388,41 +393,9 @@ class Stream:
             self.offsets[row] = offset + length
 
 
-def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
-    """Raise `ValueError` for ids outside the vocabulary, which would crash or read memory that is not theirs."""
-    if torch.compiler.is_compiling():
-        return
-    low, high = int(input_ids.min()), int(input_ids.max())
-    if low < 0 or high >= vocab_size:
-        raise ValueError(
-            f"`input_ids` must lie between 0 and vocab_size - 1 = {vocab_size - 1}, got {low} to {high}. "
-            "Was the text encoded with this model's tokenizer?"
-        )
-
-
-def check_labels(
-    labels: torch.Tensor, batch: int, width: int, vocab_size: int, logits_to_keep: int | torch.Tensor
-) -> None:
-    """Raise `ValueError` for labels that no loss can be taken of."""
-    if labels.shape != (batch, width):
-        raise ValueError(f"`labels` has shape {tuple(labels.shape)}, the tokens {(batch, width)}: give one for each.")
-    if not isinstance(logits_to_keep, int) or logits_to_keep != 0:
-        raise ValueError("`labels` need the logits of all tokens: leave out `logits_to_keep`.")
-    if not torch.compiler.is_compiling() and bool(((labels != -100) & ((labels < 0) | (labels >= vocab_size))).any()):
-        raise ValueError(f"`labels` must lie between 0 and vocab_size - 1 = {vocab_size - 1}, or be -100 for none.")
-
-
-def check_mask(mask: torch.Tensor | None, batch: int, width: int, cache: HopeCache | None) -> torch.Tensor | None:
-    """The part of the mask that is about the new tokens, `[batch, width]`."""
-    if mask is None:
-        return None
-    columns = cache.columns if cache is not None else 0
-    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (width, columns + width):
-        full = f", or {(batch, columns + width)} with the {columns} columns read before" if columns else ""
-        raise ValueError(
-            f"`attention_mask` has shape {tuple(mask.shape)}: it must be {(batch, width)} as the tokens{full}."
-        )
-    return mask[:, -width:]
+def _usable(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A tensor that a memory may keep: one made in inference mode can never take part in a gradient."""
+    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
 
 
 def _reentrant(model: HopeModel) -> bool:
