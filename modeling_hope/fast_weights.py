@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -58,11 +58,11 @@ class LevelMemory:
     def with_change(self, change: Tensors, **fields: Tensors) -> LevelMemory:
         return replace(self, change=change, _merged={}, **fields)
 
-    def to(self, device: torch.device) -> LevelMemory:
-        moved = {
-            name: {key: tensor.to(device) for key, tensor in getattr(self, name).items()} for name in MEMORY_TENSORS
-        }
-        return LevelMemory(**moved)
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> LevelMemory:
+        """With every tensor replaced."""
+        return LevelMemory(
+            **{kind: {name: function(t) for name, t in getattr(self, kind).items()} for kind in MEMORY_TENSORS}
+        )
 
 
 MEMORY_TENSORS = ("change", "initial", "gradient", "momentum")
