@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -60,9 +60,10 @@ class LevelMemory:
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> LevelMemory:
         """With every tensor replaced."""
-        return LevelMemory(
-            **{kind: {name: function(t) for name, t in getattr(self, kind).items()} for kind in MEMORY_TENSORS}
-        )
+        kinds: dict[str, Any] = {
+            kind: {name: function(tensor) for name, tensor in getattr(self, kind).items()} for kind in MEMORY_TENSORS
+        }
+        return LevelMemory(**kinds)
 
 
 MEMORY_TENSORS = ("change", "initial", "gradient", "momentum")

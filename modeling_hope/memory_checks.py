@@ -173,25 +173,25 @@ def _check_mixer(
     with torch.device("meta"):  # one like it, that has shapes only
         like = torch.empty(0, dtype=torch.float32)
         expected = type(mixer)(config, index).empty_state(len(seen), like)
-    needs_opened = not mixer.rewinds and not config.rewinds
     starts = [count - count % segment if segment is not None else count for count in seen]
-    for kind, needed, counts in (("mixer", True, seen), ("opened", needs_opened, starts)):
+    kinds = {"mixer": seen} if mixer.rewinds else {"mixer": seen, "opened": starts}
+    for kind, counts in kinds.items():
         prefix = f"{place}.{kind}."
-        found = {name[len(prefix) :]: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
-        if not found and not (needed and any(seen)):
-            continue
-        odd = sorted(found.keys() ^ expected.tensors.keys())
-        if odd or (kind == "opened" and mixer.rewinds):
-            name = odd[0] if odd else next(iter(found))
-            raise ValueError(f"{prefix}{name} is {'unknown to the mixer' if name in found else 'missing'}")
-        slots = max(mixer.slots(count) for count in counts)
+        found = {name: tensors.pop(prefix + name, None) for name in expected.tensors}
+        missing = [name for name, tensor in found.items() if tensor is None]
+        needed = any(seen) and not (kind == "opened" and config.rewinds)
+        if missing and (needed or len(missing) < len(found)):
+            raise ValueError(f"{prefix}{missing[0]} is missing")
+        slots = max((mixer.slots(count) for count in counts), default=0)
         for name, tensor in found.items():
+            if tensor is None:
+                continue
             shape, least = list(expected.tensors[name].shape), 0
             if name in expected.growing and len(tensor.shape) == len(shape):
                 shape[-2], least = tensor.shape[-2], slots
             fits = list(tensor.shape) == shape and shape[-2] >= least and tensor.dtype.is_floating_point
             words = f"{shape} of floats" + (f", with {least} slots or more" if least else "")
-            _require(fits, f"{prefix}{name}", tensor, words)
+            _require(fits, prefix + name, tensor, words)
 
 
 def _check_level(
@@ -261,10 +261,10 @@ def weight_sample(model: nn.Module) -> torch.Tensor:
     return torch.cat(samples)
 
 
-def check_weights(sample: Described, dtype: str, model: nn.Module) -> None:
+def check_weights(sample: torch.Tensor, dtype: str, model: nn.Module) -> None:
     """Raise `ValueError` unless the sample is of this model's weights, as they are or cast from or to `dtype`."""
     own = weight_sample(model)
-    fits = isinstance(sample, torch.Tensor) and sample.dtype == own.dtype and sample.shape == own.shape
+    fits = sample.dtype == own.dtype and sample.shape == own.shape
     if fits and dtype == str(next(model.parameters()).dtype):
         fits = torch.equal(sample, own)
     elif fits:

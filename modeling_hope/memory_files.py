@@ -77,10 +77,8 @@ def write_files(path: Path, description: dict[str, Any], tensors: dict[str, torc
                 old = {path / replaced} if replaced else set()
                 _remove({staging, *(_leftovers(path) if directory.lock_alone() else old - {target})})
     except (OSError, SafetensorError) as error:
-        code = error.errno if isinstance(error, OSError) else None
-        raise OSError(
-            code, f"The memory could not be saved in {path}; one saved there before is unharmed: {error}"
-        ) from error
+        why = f"The memory could not be saved in {path}; one saved there before is unharmed: {error}"
+        raise (OSError(error.errno, why) if isinstance(error, OSError) else OSError(why)) from error
     return written
 
 
@@ -150,8 +148,10 @@ def _read_description(path: Path) -> dict[str, Any]:
     if raw != _sealed(raw[: -len(CHECKSUM_LINE % (b"0" * 64))]):
         raise _damaged(path / DESCRIPTION_FILE, "its checksum is that of other content")
     file, tensors = description.get("file"), description.get("tensors")
-    parts = (file.get("name"), file.get("bytes"), file.get("header_sha256")) if isinstance(file, dict) else ()
-    if [type(part) for part in parts] != [str, int, str] or not TENSORS_FILE.fullmatch(parts[0]):
+    name, size, digest = (
+        file.get(key) if isinstance(file, dict) else None for key in ("name", "bytes", "header_sha256")
+    )
+    if type(name) is not str or type(size) is not int or type(digest) is not str or not TENSORS_FILE.fullmatch(name):
         raise _damaged(path / DESCRIPTION_FILE, f"`file` does not describe a file of tensors: {file}")
     if not isinstance(tensors, dict) or not all(type(digest) is str for digest in tensors.values()):
         raise _damaged(path / DESCRIPTION_FILE, "`tensors` does not give each tensor its checksum")
@@ -188,7 +188,7 @@ def _read_tensors(path: Path, description: dict[str, Any]) -> dict[str, torch.Te
 def tensor_digest(tensor: torch.Tensor) -> str:
     """SHA-256, 128 bits of it, of a contiguous tensor's dtype, shape and numbers."""
     hashed = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    hashed.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return hashed.hexdigest()[:32]
 
 

@@ -132,6 +132,11 @@ class _Contents:
     def __init__(self, tensors: dict[str, torch.Tensor | LowRank]):
         self.tensors = tensors
         self.made: dict[Any, Any] = {}
+        self.states: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            place = name.split(".", 3)
+            if len(place) == 4 and place[2] in ("mixer", "opened") and isinstance(tensor, torch.Tensor):
+                self.states.setdefault(".".join(place[:3]), {})[place[3]] = tensor
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self.made:
@@ -144,17 +149,19 @@ class _Contents:
             return self.once((id(tensor), device, dtype), lambda: tensor.to(device, dtype))
         return self.once((id(tensor), device, dtype), lambda: tensor.to(device, dtype, copy=True))
 
-    def state(self, prefix: str, mixer: Any, device: torch.device, dtype: torch.dtype) -> MixerState | None:
+    def state(self, name: str, mixer: Any, device: torch.device, dtype: torch.dtype) -> MixerState | None:
         """Of the dtypes that the mixer uses in a model of this one: a model keeps its memory when it is cast."""
-        found = {n[len(prefix) :]: t for n, t in self.tensors.items() if n.startswith(prefix)}
-        if not found:
+        found = self.states.get(name)
+        if found is None:
             return None
-        key = (device, *((name, id(tensor)) for name, tensor in found.items()))
-        own = {name: tensor.clone() for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
-        return self.once(key, lambda: mixer.state_class(**own).to(device, dtype))
+
+        def make() -> MixerState:
+            return mixer.state_class(**{key: tensor.clone() for key, tensor in found.items()}).to(device, dtype)
+
+        return self.once((device, *((key, id(tensor)) for key, tensor in found.items())), make)
 
     def level(self, prefix: str, maps: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> LevelMemory:
-        kinds = {
+        kinds: dict[str, Any] = {
             kind: {
                 name: self.copy(place, device, dtype)
                 for name in maps
@@ -181,9 +188,9 @@ def _fill(cache: HopeCache, rows: list[dict[str, Any]], contents: _Contents, mod
     maps = LEARNED_MAPS[model.config.cms_fast_weights]
     for index, (layer, decoder_layer) in enumerate(zip(cache.layers, hope_decoder(model).layers, strict=True)):
         mixer, place = decoder_layer.mixer, _device(decoder_layer)
-        layer.mixer = contents.state(f"layers.{index}.mixer.", mixer, place, model.dtype)
+        layer.mixer = contents.state(f"layers.{index}.mixer", mixer, place, model.dtype)
         if not (mixer.rewinds or model.config.rewinds):  # else it would not be kept up to date
-            layer.opened = contents.state(f"layers.{index}.opened.", mixer, place, model.dtype)
+            layer.opened = contents.state(f"layers.{index}.opened", mixer, place, model.dtype)
         for level in layer.levels:
             prefix = f"layers.{index}.levels.{level}.rows."
             layer.levels[level] = [contents.level(f"{prefix}{row}.", maps, place, wide) for row in range(len(rows))]

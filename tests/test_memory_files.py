@@ -73,6 +73,7 @@ def test_saved_and_loaded_it_goes_on(model, tmp_path, tokens):
     assert is_whole(tmp_path)
     memory.save_pretrained(tmp_path)
     assert is_whole(tmp_path) and HopeCache.from_pretrained(tmp_path, model=model).seen == memory.seen
+    assert len({entry.stat().st_mode for entry in tmp_path.iterdir()}) == 1
 
 
 def test_a_pending_token_and_embeddings_are_saved(tmp_path):
@@ -273,6 +274,39 @@ def test_writers_that_are_killed_and_writers_at_once(tmp_path):
         same = next(memory for memory in memories if memory.seen == loaded.seen)
         assert_same_memory(loaded, same, rtol=0, atol=0)
     memories[0].save_pretrained(tmp_path)
+    assert is_whole(tmp_path)
+
+
+def test_a_reader_finds_the_memory_that_replaced_the_one_it_began_with(tmp_path, monkeypatch):
+    model = tiny_model()
+    old, new = remember(model), remember(model, tokens=30)
+    old.save_pretrained(tmp_path)
+    read_tensors, replaced = memory_files._read_tensors, []
+
+    def replacing(path, description):
+        if not replaced:
+            replaced.append(new.save_pretrained(tmp_path))
+        return read_tensors(path, description)
+
+    monkeypatch.setattr(memory_files, "_read_tensors", replacing)
+    assert_same_memory(HopeCache.from_pretrained(tmp_path, model=model), new, rtol=0, atol=0)
+
+
+def test_without_locks_a_writer_removes_what_it_replaces_and_no_more(tmp_path, monkeypatch):
+    memory = remember(tiny_model())
+    memory.save_pretrained(tmp_path)
+    others = [tmp_path / f"memory-{'0' * 16}.safetensors", tmp_path / f".memory-{'0' * 16}"]
+    others[0].write_bytes(b"")
+    others[1].mkdir()
+    with (
+        memory_files._Directory(tmp_path),
+        monkeypatch.context() as patched,
+    ):  # beside another writer, then without locks
+        memory.save_pretrained(tmp_path)
+        patched.setattr(memory_files, "fcntl", None)
+        memory.save_pretrained(tmp_path)
+    assert is_whole(tmp_path, others=2) and all(other.exists() for other in others)
+    memory.save_pretrained(tmp_path)
     assert is_whole(tmp_path)
 
 
@@ -495,8 +529,8 @@ LEVEL = "layers.0.levels.0.rows.0."
             "no place",
         ),
         (lambda d, t: t.pop("layers.0.mixer.keys"), "layers.0.mixer.keys is missing"),
-        (lambda d, t: t.update({"layers.0.mixer.more": torch.ones(2)}), "unknown to the mixer"),
-        (lambda d, t: t.update({"layers.0.opened.keys": torch.ones(2)}), "layers.0.opened"),
+        (lambda d, t: t.update({"layers.0.mixer.more": torch.ones(2)}), "mixer.more.* no place"),
+        (lambda d, t: t.update({"layers.0.opened.keys": torch.ones(2)}), "opened.keys.* no place"),
         (lambda d, t: t.update({"layers.0.mixer.keys": t["layers.0.mixer.keys"][:, :, :-1].clone()}), "21 slots"),
         (lambda d, t: t.update({"layers.0.mixer.keys": t["layers.0.mixer.keys"].long()}), "of floats"),
     ],
