@@ -79,6 +79,10 @@ class HopeAttention(LlamaAttention):
         none = like.new_zeros(batch, self.config.num_key_value_heads, 0, self.head_dim)
         return AttentionState(keys=none, values=none)
 
+    def slots(self, seen: int) -> int:
+        """Slots that a row which has read `seen` tokens fills in the growing tensors."""
+        return self.layout.count(seen)
+
 
 def key_layout(config: HopeConfig, layer_idx: int) -> KeyLayout:
     """The layout of the keys of a layer."""

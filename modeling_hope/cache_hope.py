@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -15,7 +16,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .configuration_hope import HopeConfig
 from .fast_weights import MEMORY_TENSORS, NOTHING_LEARNED, LevelMemory
-from .memory_files import differing_fields, load_memory, save_memory
+from .memory_checks import differing_fields, hope_decoder
+from .memory_format import SavedMemory, load_memory, save_memory
 from .mixer_state import MixerState
 from .stream_record import StreamRecord
 
@@ -105,6 +107,13 @@ class HopeCache(Cache):
         self.columns = 0
         # What its user wants kept with it, as JSON can say it: goes along with forks and files.
         self.notes: dict[str, Any] = {}
+        # What it lost when it was saved in less than full precision; `None` when it never was.
+        self.lost: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        tokens, updates = _extent(self.seen), _extent([sum(row.updates) for row in self.rows])
+        size = f"{self.nbytes() / 2**20:,.1f} MiB"
+        return f"{type(self).__name__}(rows={self.batch_size}, tokens={tokens}, updates={updates}, size={size})"
 
     @property
     def batch_size(self) -> int:
@@ -170,43 +179,63 @@ class HopeCache(Cache):
             copy.levels = {level: list(rows) for level, rows in layer.levels.items()}
             self.layers.append(copy)
         self.rows, self.columns, self.model = list(other.rows), other.columns, other.model
-        self.notes = deepcopy(other.notes)
+        self.notes, self.lost = deepcopy(other.notes), other.lost
 
     def to(self, device: torch.device | str) -> HopeCache:
-        """Move the memory, in place; returns it. With `offloading` the mixers' states stay in CPU memory."""
+        """
+        Move the memory, in place, what rows share as one; returns it. It keeps its dtypes: the model's decide. With
+        `offloading` the mixers' states stay in CPU memory.
+        """
         place = torch.device(device)
+        tensors: dict[int, torch.Tensor] = {}
+        memories: dict[int, LevelMemory] = {}
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) not in tensors:
+                tensors[id(tensor)] = tensor.to(place)
+            return tensors[id(tensor)]
+
         for layer in self.layers:
             layer.map_states(lambda state: state.to(OFFLOADED if self.offloading else place))
-            layer.levels = {level: [memory.to(place) for memory in rows] for level, rows in layer.levels.items()}
+            for level, rows in layer.levels.items():
+                memories |= {id(memory): memory.map(move) for memory in rows if id(memory) not in memories}
+                layer.levels[level] = [memories[id(memory)] for memory in rows]
         self.rows = [
             replace(row, ids=row.ids.to(place), embeds=None if row.embeds is None else row.embeds.to(place))
             for row in self.rows
         ]
         return self
 
-    def reset(self, levels: Sequence[int] | None = None) -> None:
-        """Forget everything; with `levels`, only what these levels have learned and gathered."""
+    def reset(self, levels: Iterable[int] | None = None) -> None:
+        """
+        Forget everything, notes included; the rows stay, empty.
+
+        With `levels`, indices into `config.cms_periods`, forget what these have learned and gathered, and that they
+        did: their changes, waiting gradients and counts of updates. The text read, with its keys and values, stays, and
+        so does what other levels have learned.
+        """
         if levels is not None:
-            self._reset_levels(levels)
+            self._reset_levels(set(levels))
             return
         for layer in self.layers:
             layer.mixer = layer.opened = None
             layer.levels = {level: [NOTHING_LEARNED] * self.batch_size for level in layer.levels}
         self.rows = [StreamRecord.new(len(self.periods)) for _ in self.rows]
         self.columns = 0
-        self.notes = {}
+        self.notes, self.lost = {}, None
 
-    def _reset_levels(self, levels: Sequence[int]) -> None:
-        unknown = [level for level in levels if not 0 <= level < len(self.periods)]
+    def _reset_levels(self, levels: set[int]) -> None:
+        unknown = [level for level in levels if level not in range(len(self.periods))]
         if unknown:
-            raise ValueError(f"`levels` must lie between 0 and {len(self.periods) - 1}, got {unknown[0]}.")
+            raise ValueError(f"`levels` must lie between 0 and {len(self.periods) - 1}, got {unknown[0]!r}.")
         for layer in self.layers:
-            for level in set(levels) & set(layer.levels):
+            for level in levels & set(layer.levels):
                 layer.levels[level] = [NOTHING_LEARNED] * self.batch_size
-        self.rows = [
-            replace(row, pairs=tuple(count * (level not in levels) for level, count in enumerate(row.pairs)))
-            for row in self.rows
-        ]
+
+        def kept(counts: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(0 if level in levels else count for level, count in enumerate(counts))
+
+        self.rows = [replace(row, pairs=kept(row.pairs), updates=kept(row.updates)) for row in self.rows]
 
     def detach(self) -> None:
         """Drop the graph of an outer gradient; a memory that outlives its call must not keep it alive."""
@@ -243,15 +272,21 @@ class HopeCache(Cache):
         held = list(self.tensors().values())
         memories = [memory for layer in self.layers for rows in layer.levels.values() for memory in rows]
         held += [tensor for memory in memories for tensor in memory.merged_weights()]
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
+        storages = {(t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in held}
         return sum(storages.values())
 
     def summary(self) -> dict[str, Any]:
         """
-        What the memory has read and learned: bytes, and for each row its tokens, its segments, and for each level its
-        updates, their frequency f = updates / tokens, and the norm of its change.
+        What the memory has read and learned, as JSON can say it.
+
+        `bytes`: see `nbytes`. `lost`: what it lost when it was saved in less than full precision, or `None`. `rows`: for
+        each row its `tokens`; `segments_learned`, `segments_skipped` (not surprising enough) and `segments_nonfinite`;
+        `last_losses`, nats per token, newest last; and `levels`: of each its `period` in tokens, its `updates`, their
+        `frequency` f = updates / tokens, the `change_norm` (Frobenius, over all layers), and `waiting_pairs`, learned
+        since its last update.
         """
-        return {"bytes": self.nbytes(), "rows": [self._row_summary(index) for index in range(self.batch_size)]}
+        rows = [self._row_summary(index) for index in range(self.batch_size)]
+        return {"bytes": self.nbytes(), "lost": self.lost, "rows": rows}
 
     def _row_summary(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
@@ -277,28 +312,60 @@ class HopeCache(Cache):
             "levels": levels,
         }
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], model: nn.Module | None = None) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        model: nn.Module | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        low_rank_error: float | None = None,
+    ) -> SavedMemory:
         """
-        Write the memory to a directory: its tensors as safetensors, the rest as JSON.
+        Write the memory to a directory, in place of the one that is there: tensors as safetensors, the rest as JSON.
 
-        `model`: the one it belongs to, unset the one it was last used with. A sample of its slow weights is noted, so
-        that loading refuses another model of the same shape.
+        A crash at any moment leaves the old memory or the new one. Other files in the directory, a model's say, stay.
+        What rows share is written once, and shared again when read.
+
+        Args:
+            save_directory: made if need be.
+            model: the one it belongs to, unset the one it was last used with. A sample of its slow weights is noted, so
+                that loading refuses another model of the same shape.
+            dtype: `torch.bfloat16`, `torch.float16` or `torch.float32`: wider floating-point tensors are written in it,
+                but for those with numbers beyond its range. Unset: as they are, nothing lost.
+            low_rank_error: between 0 and 1. Each changed matrix is written as two factors of the least rank with at most
+                this relative error (Frobenius), where they are smaller than the matrix; rounding to `dtype` comes on
+                top. Waiting gradients, momentum and the mixers' states are never factored. Takes a singular value
+                decomposition for each matrix. Unset: none.
+
+        Returns:
+            What the files take and what they lost, which is noted in them too: see `summary()["lost"]` after loading.
+
+        Raises:
+            ValueError: an option is impossible, `notes` are not JSON, or the model could not read the memory again.
+            OSError: the directory cannot be written, or the disk is full; the memory that was there is unharmed.
         """
-        save_memory(self, save_directory, self.model() if model is None else model)
+        return save_memory(self, Path(save_directory), self.model() if model is None else model, dtype, low_rank_error)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], *, model: Any) -> HopeCache:
         """
-        Read a memory that `save_pretrained` wrote, for the model it belongs to, onto the model's device.
+        Read a memory that `save_pretrained` wrote, for the model it belongs to, onto the model's devices.
 
         Raises:
-            ValueError: the directory holds no memory, one of another model, a newer format, or a damaged file.
+            ValueError: the directory holds no memory, one of another model or format version, or a damaged file; the
+                message names it and says what to do.
         """
+        hope_decoder(model)
         cache = cls(model.config, 0)
         with torch.inference_mode(False), torch.no_grad():
-            load_memory(cache, directory, model)
+            load_memory(cache, Path(directory), model)
         cache.model = weakref.ref(model)
         return cache
+
+
+def _extent(counts: list[int]) -> str:
+    low, high = min(counts, default=0), max(counts, default=0)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def check_memory(memory: Any, config: HopeConfig, batch_size: int | None = None) -> HopeCache:

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from .cache_hope import HopeCache, check_memory
 from .fast_weights import LEARNED_MAPS, Tensors
-from .memory_files import same_weights, weight_sample
+from .memory_checks import weight_sample
 
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def consolidate(
     for memory in given:
         check_memory(memory, model.config)
         owner = memory.model()
-        if owner is not None and not same_weights(weight_sample(owner), weight_sample(model), exact=True):
+        if owner is not None and not torch.equal(weight_sample(owner), weight_sample(model)):
             raise ValueError(
                 "`memories` were learned with other weights than `model` has: consolidate them into the model that learned them."
             )

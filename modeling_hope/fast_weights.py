@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -58,11 +58,12 @@ class LevelMemory:
     def with_change(self, change: Tensors, **fields: Tensors) -> LevelMemory:
         return replace(self, change=change, _merged={}, **fields)
 
-    def to(self, device: torch.device) -> LevelMemory:
-        moved = {
-            name: {key: tensor.to(device) for key, tensor in getattr(self, name).items()} for name in MEMORY_TENSORS
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> LevelMemory:
+        """With every tensor replaced."""
+        kinds: dict[str, Any] = {
+            kind: {name: function(tensor) for name, tensor in getattr(self, kind).items()} for kind in MEMORY_TENSORS
         }
-        return LevelMemory(**moved)
+        return LevelMemory(**kinds)
 
 
 MEMORY_TENSORS = ("change", "initial", "gradient", "momentum")

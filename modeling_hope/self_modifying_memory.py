@@ -272,6 +272,10 @@ class SelfModifyingMemory(nn.Module):
         tail = torch.zeros(batch, CONV_WIDTH - 1, self.config.hidden_size, dtype=like.dtype, device=like.device)
         return self._state(weights, kept, tail)
 
+    def slots(self, seen: int) -> int:
+        """Slots that a row which has read `seen` tokens fills in the growing tensors."""
+        return seen % self.chunk_size
+
     def _stream_sizes(self) -> dict[str, int]:
         """Features of what chunks take from the slow maps of every token, besides queries, in their order."""
         d = self.head_dim

@@ -1,4 +1,4 @@
-"""HopeCache: forks, reordering, what it reports, and files."""
+"""HopeCache: forks, reordering, resetting, and what it reports."""
 
 import json
 
@@ -8,7 +8,7 @@ import torch
 from modeling_hope import HopeCache
 from modeling_hope.fast_weights import LevelMemory
 
-from .conftest import assert_same_memory, random_ids, tiny_model
+from .conftest import random_ids, tiny_model
 
 
 pytestmark = pytest.mark.usefixtures("family")
@@ -67,16 +67,44 @@ def test_reset(model):
 def test_reset_of_levels_and_to(model):
     memory = HopeCache(model.config)
     read(model, memory, random_ids(1, 17))
-    memory.reset(levels=[0])
-    norms = [level["change_norm"] for level in memory.summary()["rows"][0]["levels"]]
-    assert norms[0] == 0 < norms[1] and memory.seen == [17] and memory.rows[0].pairs[0] == 0
-    with pytest.raises(ValueError, match="levels"):
-        memory.reset(levels=[3])
+    before = memory.summary()["rows"]
+    memory.reset(levels=())
+    assert memory.summary()["rows"] == before
+    for wrong in ([3], [-1], ["0"], [0, 0.5]):
+        with pytest.raises(ValueError, match="levels"):
+            memory.reset(levels=wrong)
+    assert memory.summary()["rows"] == before
+    memory.reset(levels=(level for level in (0, 0)))
+    fast, slow, _ = memory.summary()["rows"][0]["levels"]
+    assert fast["change_norm"] == fast["updates"] == fast["waiting_pairs"] == 0 < slow["change_norm"]
+    assert memory.seen == [17] and slow == before[0]["levels"][1]
     assert memory.to("cpu") is memory and read(model, memory, random_ids(1, 9)).isfinite().all()
     moved = {
         name: tensor.device.type for name, tensor in memory.to("meta").tensors().items() if not name.endswith("learn")
     }
     assert set(moved.values()) == {"meta"} and any("change" in name for name in moved)
+
+
+def test_what_rows_share_moves_as_one(model):
+    memory = HopeCache(model.config)
+    read(model, memory, random_ids(1, 12))
+    shared = memory.nbytes()
+    memory.batch_repeat_interleave(3)
+    mixers = sum(t.nbytes for name, t in memory.tensors().items() if ".mixer." in name or ".opened." in name)
+    memory.to("meta")
+    changes = {id(t) for name, t in memory.tensors().items() if ".levels." in name}
+    assert len(changes) * 3 == len([name for name in memory.tensors() if ".levels." in name])
+    assert len({id(m) for layer in memory.layers for rows in layer.levels.values() for m in rows if m.change}) <= 4
+    assert shared < mixers + shared
+
+
+def test_it_shows_itself_in_a_line(model):
+    memory = HopeCache(model.config, 2)
+    assert repr(memory) == "HopeCache(rows=2, tokens=0, updates=0, size=0.0 MiB)"
+    read(model, memory, random_ids(2, 9), attention_mask=torch.tensor([[1] * 9, [0] * 4 + [1] * 5]))
+    assert repr(memory).startswith("HopeCache(rows=2, tokens=5 to 9, updates=1 to 3, size=") and "\n" not in repr(
+        memory
+    )
 
 
 def test_bytes_count_all_that_is_held():
@@ -123,85 +151,3 @@ def test_nothing_is_stored_until_the_first_update(model):
     read(model, memory, random_ids(1, 1))
     changes = [name for name in memory.tensors() if ".change." in name]
     assert changes and all(".levels.0." in name for name in changes)
-
-
-@pytest.mark.parametrize("tokens", [2, 4, 11, 16])
-def test_saved_and_loaded_it_goes_on(model, tmp_path, tokens):
-    memory = HopeCache(model.config, 2)
-    mask = torch.ones(2, tokens, dtype=torch.bool)
-    mask[0, 1:2] = False
-    read(model, memory, random_ids(2, tokens), attention_mask=mask)
-    memory.notes["topic"] = ["bees"]
-    memory.save_pretrained(tmp_path, model=model)
-    loaded = HopeCache.from_pretrained(tmp_path, model=model)
-    assert_same_memory(loaded, memory, rtol=0, atol=0)
-    assert loaded.notes == memory.notes == memory.clone().notes
-    follow = random_ids(2, 9, seed=1)
-    assert torch.equal(read(model, loaded, follow), read(model, memory, follow))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["memory.json", "memory.safetensors"]
-
-
-def test_a_pending_token_and_embeddings_are_saved(tmp_path):
-    model = tiny_model(eos_token_id=None)
-    memory = HopeCache(model.config)
-    with torch.no_grad():
-        model(inputs_embeds=torch.randn(1, 3, 16, dtype=torch.float64), past_key_values=memory)
-        model.generate(random_ids(1, 3), past_key_values=memory, max_new_tokens=4, do_sample=False)
-    memory.save_pretrained(tmp_path)
-    loaded = HopeCache.from_pretrained(tmp_path, model=model)
-    assert loaded.rows[0].pending == memory.rows[0].pending is not None
-    assert_same_memory(loaded, memory, rtol=0, atol=0)
-
-
-def test_another_dtype_of_the_model_reads_it_and_another_model_does_not(model, tmp_path):
-    memory = HopeCache(model.config)
-    read(model, memory, random_ids(1, 9))
-    memory.save_pretrained(tmp_path)  # the model it was used with is the one it belongs to
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        cast = tiny_model().to(dtype)
-        with torch.inference_mode():
-            loaded = HopeCache.from_pretrained(tmp_path, model=cast)
-            loaded.select([0, 0])
-        assert read(cast, loaded, random_ids(2, 9)).isfinite().all() and loaded.seen == [18, 18]
-    with torch.no_grad():
-        model.model(random_ids(1, 3), past_key_values=memory)
-    memory.save_pretrained(tmp_path)
-    assert HopeCache.from_pretrained(tmp_path, model=model).seen == [12]
-    tuned = tiny_model()
-    for parameter in tuned.parameters():
-        parameter.data *= 1.005
-    with pytest.raises(ValueError, match="other weights"):
-        HopeCache.from_pretrained(tmp_path, model=tuned)
-    with pytest.raises(ValueError, match="other weights"):
-        HopeCache.from_pretrained(tmp_path, model=tiny_model(seed=1))
-    with pytest.raises(ValueError, match="cms_periods"):
-        HopeCache.from_pretrained(tmp_path, model=tiny_model(cms_periods=[4, 12, None]))
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda path: (path / "memory.json").unlink(), "holds no memory"),
-        (lambda path: (path / "memory.json").write_text("{"), "damaged"),
-        (lambda path: (path / "memory.json").write_text("[]"), "version"),
-        (lambda path: _edit(path, format_version=2), "version 2"),
-        (lambda path: _edit(path, rows=[{}]), "cannot be used"),
-        (lambda path: (path / "memory.safetensors").write_bytes(b"nothing"), "damaged"),
-        (
-            lambda path: (path / "memory.safetensors").write_bytes((path / "memory.safetensors").read_bytes()[:-9]),
-            "damaged",
-        ),
-    ],
-)
-def test_damaged_files_are_refused(model, tmp_path, damage, message):
-    memory = HopeCache(model.config)
-    read(model, memory, random_ids(1, 9))
-    memory.save_pretrained(tmp_path)
-    damage(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        HopeCache.from_pretrained(tmp_path, model=model)
-
-
-def _edit(path, **fields):
-    description = json.loads((path / "memory.json").read_text())
-    (path / "memory.json").write_text(json.dumps(description | fields))
