@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .offloading import check_not_offloaded
+
 
 # The maps of a level's MLP by what `config.cms_fast_weights` calls them.
 LEARNED_MAPS = {"all": ("gate_proj", "up_proj", "down_proj"), "down_proj": ("down_proj",)}
@@ -172,11 +174,7 @@ def learning_weights(
     Own aliases keep the gradient of a segment from leaking into another through old keys and values, and keep the
     rows apart though they share the slow weights.
     """
-    if any(parameter.is_meta for parameter in mlp.parameters()):
-        raise ValueError(
-            "`device_map` has offloaded a level that learns: keep the layers of learning levels on a device, or give "
-            "learn='off'."
-        )
+    check_not_offloaded(mlp)
     rows: list[dict[str, RowWeight] | None] = []
     traced: list[Tensors] = []
     for memory in memories:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .fast_weights import LEARNED_MAPS, MEMORY_TENSORS, LevelMemory, Tensors
+from .offloading import device_of, named_parameters
 from .stream_record import StreamRecord
 
 
@@ -71,7 +72,7 @@ def load_memory(cache: HopeCache, directory: str | os.PathLike[str], model: Any)
         if differing:
             raise ValueError(f"it belongs to another model: {differing}")
         sample = tensors.pop("fingerprint", None)
-        exact = description["dtype"] == str(model.dtype)
+        exact = model.dtype if description["dtype"] == str(model.dtype) else None
         if sample is not None and not _same_weights(sample, weight_sample(model), exact):
             raise ValueError("it belongs to another model, of the same shape and other weights")
         _fill(cache, description, tensors, model)
@@ -80,9 +81,8 @@ def load_memory(cache: HopeCache, directory: str | os.PathLike[str], model: Any)
 
 
 def _fill(cache: HopeCache, description: dict[str, Any], tensors: Tensors, model: Any) -> None:
-    if not hasattr(model, "lm_head"):
-        raise ValueError("`model` has to be the causal language model that it was learned with")
-    cache.columns, cache.notes, device = description["columns"], description["notes"], model.device
+    decoder = model.get_decoder()
+    cache.columns, cache.notes, device = description["columns"], description["notes"], device_of(decoder)
     for index, row in enumerate(description["rows"]):
         numbers: dict[str, Any] = {
             name: tuple(row[name]) if isinstance(row[name], list) else row[name] for name in RECORD_FIELDS
@@ -97,8 +97,8 @@ def _fill(cache: HopeCache, description: dict[str, Any], tensors: Tensors, model
         cache.rows.append(record)
     maps = LEARNED_MAPS[model.config.cms_fast_weights]
     wide = torch.promote_types(model.dtype, torch.float32)
-    for index, (layer, decoder_layer) in enumerate(zip(cache.layers, model.model.layers, strict=True)):
-        place = next(decoder_layer.parameters()).device
+    for index, (layer, decoder_layer) in enumerate(zip(cache.layers, decoder.layers, strict=True)):
+        place = device_of(decoder_layer)
         for kind in ("mixer", "opened"):
             prefix = f"layers.{index}.{kind}."
             state = {name[len(prefix) :]: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
@@ -138,19 +138,22 @@ def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     )
 
 
-def weight_sample(model: nn.Module) -> torch.Tensor:
+def weight_sample(model: Any) -> torch.Tensor:
     """A few numbers of every parameter, evenly spaced, `[samples]` float32: tells models of one shape apart."""
     samples = []
-    for _, parameter in sorted(getattr(model, "model", model).named_parameters()):  # with or without a head
-        flat = parameter.detach().reshape(-1)
+    for _, parameter in named_parameters(model.get_decoder()):  # with or without a head
+        flat = parameter.reshape(-1)
         step = max(flat.numel() // SAMPLES_PER_PARAMETER, 1)
         samples.append(flat[::step][:SAMPLES_PER_PARAMETER].float().cpu())
     return torch.cat(samples)
 
 
-def _same_weights(sample: torch.Tensor, other: torch.Tensor, exact: bool) -> bool:
-    if exact or sample.shape != other.shape:
-        return torch.equal(sample, other)
+def _same_weights(sample: torch.Tensor, other: torch.Tensor, exact: torch.dtype | None) -> bool:
+    """Of models of one dtype, `exact`, or of several: what a model of low precision has in float32 may have been cast."""
+    if sample.shape != other.shape:
+        return False
+    if exact is not None:
+        return torch.equal(sample.to(exact), other.to(exact))
     # A cast rounds, to bfloat16 by at most 2**-9. A hash of rounded numbers would not do: a cast to float16 on the way
     # may round to another bfloat16 than none.
     return torch.allclose(sample, other, rtol=2**-8, atol=1e-6)

@@ -339,7 +339,7 @@ class Stream:
             if rows == list(range(self.batch)):
                 cache_layer.mixer = state
                 continue
-            before = cache_layer.mixer or layer.mixer.empty_state(self.batch, self.model.embed_tokens.weight)
+            before = cache_layer.mixer or layer.mixer.empty_state(self.batch, state.first)
             cache_layer.mixer = before.place(torch.tensor(rows, device=state.device), state)
 
     def _open_segments(self) -> None:
@@ -356,7 +356,7 @@ class Stream:
                 cache_layer.opened = state
                 continue
             if cache_layer.opened is None:
-                cache_layer.opened = layer.mixer.empty_state(self.batch, self.model.embed_tokens.weight)
+                cache_layer.opened = layer.mixer.empty_state(self.batch, state.first)
             if starting:
                 index = torch.tensor(starting, device=state.device)
                 cache_layer.opened = cache_layer.opened.place(index, state.select(index))
