@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .offloading import check_not_offloaded
+from .slow_weights import check_on_device, is_linear
 
 
 # The maps of a level's MLP by what `config.cms_fast_weights` calls them.
@@ -135,7 +135,7 @@ def _runs(rows: Sequence[RowWeight | None]) -> list[tuple[int, int]]:
 
 def can_merge(module: nn.Module) -> bool:
     """Whether slow weight plus change loses nothing that counts: a plain linear map in float32 or better."""
-    if type(module) is not nn.Linear or module.weight.is_meta:
+    if not is_linear(module) or module.weight.is_meta:
         return False
     return module.weight.dtype in (torch.float32, torch.float64)
 
@@ -174,7 +174,7 @@ def learning_weights(
     Own aliases keep the gradient of a segment from leaking into another through old keys and values, and keep the
     rows apart though they share the slow weights.
     """
-    check_not_offloaded(mlp)
+    check_on_device(mlp)
     rows: list[dict[str, RowWeight] | None] = []
     traced: list[Tensors] = []
     for memory in memories:
@@ -182,8 +182,7 @@ def learning_weights(
         for name in maps:
             module = getattr(mlp, name)
             change = memory.change.get(name)
-            plain = type(module) is nn.Linear
-            if merge and change is None and plain:
+            if merge and change is None and is_linear(module):
                 weights[name] = RowWeight(_alias(module.weight), whole=True)
             elif merge and can_merge(module):
                 weights[name] = RowWeight(_alias(memory.merged(name, module.weight)), whole=True)

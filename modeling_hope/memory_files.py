@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .fast_weights import LEARNED_MAPS, MEMORY_TENSORS, LevelMemory, Tensors
-from .offloading import device_of, named_parameters
+from .slow_weights import device_of, stored_tensors
 from .stream_record import StreamRecord
 
 
@@ -74,7 +74,7 @@ def load_memory(cache: HopeCache, directory: str | os.PathLike[str], model: Any)
         sample = tensors.pop("fingerprint", None)
         exact = model.dtype if description["dtype"] == str(model.dtype) else None
         if sample is not None and not _same_weights(sample, weight_sample(model), exact):
-            raise ValueError("it belongs to another model, of the same shape and other weights")
+            raise ValueError("it belongs to another model, of the same shape and other weights (adapters count)")
         _fill(cache, description, tensors, model)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"The memory in {path} cannot be used: {error}.") from error
@@ -141,8 +141,8 @@ def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
 def weight_sample(model: Any) -> torch.Tensor:
     """A few numbers of every parameter, evenly spaced, `[samples]` float32: tells models of one shape apart."""
     samples = []
-    for _, parameter in named_parameters(model.get_decoder()):  # with or without a head
-        flat = parameter.reshape(-1)
+    for tensor in stored_tensors(model.get_decoder()):  # with or without a head
+        flat = tensor.reshape(-1)
         step = max(flat.numel() // SAMPLES_PER_PARAMETER, 1)
         samples.append(flat[::step][:SAMPLES_PER_PARAMETER].float().cpu())
     return torch.cat(samples)

@@ -95,6 +95,10 @@ class HopePreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["HopeDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values", "state", "span", "weights"]
+    # Near them a step of bfloat16 is 2% of what a memory forgets, and what an optimizer adds is rounded away. They are
+    # named twice: the first list is for float16 and for quantization, the second for bfloat16 as well.
+    _keep_in_fp32_modules = ["alpha_proj", "eta_proj", "memories.momentum", "log_learning_rates"]
+    _keep_in_fp32_modules_strict = _keep_in_fp32_modules
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
