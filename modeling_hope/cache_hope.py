@@ -153,6 +153,17 @@ class HopeCache(Cache):
         fork.assign(self)
         return fork
 
+    __copy__ = clone
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HopeCache:
+        return self.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "A HopeCache is not pickled: a pickle could not tell whose memory it is. Use `save_pretrained` and "
+            "`HopeCache.from_pretrained`."
+        )
+
     def assign(self, other: HopeCache) -> None:
         """Become a fork of another memory of the same model."""
         self.layers: list[HopeCacheLayer] = []

@@ -110,6 +110,21 @@ class HopePreTrainedModel(PreTrainedModel):
         config.validate()
         super().__init__(config, *args, **kwargs)
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """
+        As Transformers' own. A memory made before has read another vocabulary: it is refused from then on.
+
+        Raises:
+            ValueError: `pad_token_id` would lie outside; what is saved then could not be loaded.
+        """
+        pad = self.config.pad_token_id
+        if new_num_tokens is not None and pad is not None and 0 < new_num_tokens <= pad:
+            raise ValueError(
+                f"`new_num_tokens` is {new_num_tokens} and config.pad_token_id {pad}: set it to a token that stays, or "
+                "to None, first."
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if callable(initialise := getattr(module, "initialise", None)):

@@ -184,7 +184,7 @@ class Stream:
         may have been read in earlier calls, and the work at a segment's end is that of one segment.
         """
         config, cache = self.model.config, self.cache
-        if torch.is_grad_enabled() and _reentrant(self.model):
+        if _reentrant(self.model):
             raise ValueError(
                 "`gradient_checkpointing_kwargs={'use_reentrant': True}` cannot take the gradients that learning needs: "
                 "give {'use_reentrant': False}."
