@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .fast_weights import LEARNED_MAPS, MEMORY_TENSORS, LevelMemory, Tensors
-from .slow_weights import device_of, stored_tensors
+from .slow_weights import device_of, stored_parameters
 from .stream_record import StreamRecord
 
 
@@ -141,8 +141,8 @@ def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
 def weight_sample(model: Any) -> torch.Tensor:
     """A few numbers of every parameter, evenly spaced, `[samples]` float32: tells models of one shape apart."""
     samples = []
-    for tensor in stored_tensors(model.get_decoder()):  # with or without a head
-        flat = tensor.reshape(-1)
+    for parameter in stored_parameters(model.get_decoder()):  # with or without a head
+        flat = parameter.reshape(-1)
         step = max(flat.numel() // SAMPLES_PER_PARAMETER, 1)
         samples.append(flat[::step][:SAMPLES_PER_PARAMETER].float().cpu())
     return torch.cat(samples)

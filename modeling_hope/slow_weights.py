@@ -18,10 +18,12 @@ def device_of(module: nn.Module) -> torch.device:
     return next(torch.device(hook.execution_device) for hook in hooks if hasattr(hook, "execution_device"))
 
 
-def stored_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    """What a model is saved as, in the order of the names: those offloaded are read one at a time."""
-    for name, tensor in sorted(model.state_dict().items()):
-        found = load_offloaded_parameter(model, name) if tensor.is_meta else tensor
+def stored_parameters(model: nn.Module) -> Iterator[torch.Tensor]:
+    """A model's parameters as it is saved, in the order of their names: those offloaded are read one at a time."""
+    # Making the state dict undoes what quantized weights become in use.
+    state = model.state_dict()
+    for name in sorted(name for name, _ in model.named_parameters()):
+        found = load_offloaded_parameter(model, name) if state[name].is_meta else state[name]
         yield found if _is_plain(found) else found.dequantize()
 
 

@@ -113,7 +113,9 @@ def test_the_loss_of_each_problem():
     ):
         labels = labels.double() if labels.is_floating_point() else labels
         for mask_given in (mask, None):
-            output = head(**fields)(ids.clamp(min=1 if mask_given is None else 0), attention_mask=mask_given, labels=labels)
+            output = head(**fields)(
+                ids.clamp(min=1 if mask_given is None else 0), attention_mask=mask_given, labels=labels
+            )
             torch.testing.assert_close(output.loss, loss(output.logits, labels))
     labels = torch.full((2, 9), -100)
     labels[0, 1:], labels[1, real] = 1, 2
@@ -150,7 +152,9 @@ def test_from_the_checkpoint_of_a_language_model_and_back(tmp_path, kind):
 def test_trainer_trains_a_head(tmp_path):
     model = head(dtype=torch.float32, cms_training="first_order")
     before = copy.deepcopy(model.state_dict())
-    data = [{"input_ids": row[:length], "labels": 1} for row, length in zip(random_ids(4, 9), (9, 5, 7, 2), strict=True)]
+    data = [
+        {"input_ids": row[:length], "labels": 1} for row, length in zip(random_ids(4, 9), (9, 5, 7, 2), strict=True)
+    ]
 
     def collate(rows):
         ids = [row["input_ids"] for row in rows]
