@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,10 +13,12 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 def device_of(module: nn.Module) -> torch.device:
     """The device on which a module computes; its parameters may be offloaded from there."""
     found = next(module.parameters()).device
-    if found.type != "meta":
-        return found
-    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
-    return next(torch.device(hook.execution_device) for hook in hooks if hasattr(hook, "execution_device"))
+    if found.type == "meta":
+        for part in module.modules():
+            device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return found
 
 
 def stored_parameters(model: nn.Module) -> Iterator[torch.Tensor]:
@@ -52,7 +55,7 @@ def check_gradients(model: nn.Module) -> None:
     bitsandbytes packs 4-bit weights, at their first use in `eval()` mode on a CPU, for a kernel that has no backward.
     """
     for module in model.modules():
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         if not hasattr(weight, "quant_state") or weight.device.type != "cpu":
             continue
         packs = getattr(module, "support_avx512bf16_for_cpu", False) and not module.training

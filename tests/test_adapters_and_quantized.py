@@ -105,9 +105,12 @@ def test_what_adapters_can_be_put_on(tmp_path):
     trained = {name.split(".")[-2] for name, tensor in lora.named_parameters() if tensor.grad is not None}
     assert trained == {"default"}
     assert lora.base_model.model.score.modules_to_save["default"].weight.grad is not None
-    # By Transformers' own hand, without PEFT's model around it.
-    from peft import LoraConfig
+    from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 
+    prefix = get_peft_model(tiny_model(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="needs a HopeCache"):  # its prefix is a cache of keys and values
+        prefix(input_ids=ids)
+    # By Transformers' own hand, without PEFT's model around it.
     model = tiny_model(dtype=torch.float32)
     model.add_adapter(LoraConfig(r=2, target_modules=LEVELS, init_lora_weights=False))
     with torch.no_grad():
