@@ -285,7 +285,8 @@ class HopeCache(Cache):
         Write the memory to a directory: its tensors as safetensors, the rest as JSON.
 
         `model`: the one it belongs to, unset the one it was last used with. A sample of its slow weights is noted, so
-        that loading refuses another model of the same shape.
+        that loading refuses another model of the same shape. Adapters count: give the merged model to save for that
+        what was learned over its adapters.
         """
         save_memory(self, save_directory, self.model() if model is None else model)
 

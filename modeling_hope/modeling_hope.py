@@ -95,8 +95,8 @@ class HopePreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["HopeDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values", "state", "span", "weights"]
-    # Near them a step of bfloat16 is 2% of what a memory forgets, and what an optimizer adds is rounded away. They are
-    # named twice: the first list is for float16 and for quantization, the second for bfloat16 as well.
+    # In bfloat16 what a memory forgets, 1 - alpha, is 2% off, and an optimizer's steps are rounded away. Named twice: the
+    # first list is for float16 and for quantization, the second for both low precisions.
     _keep_in_fp32_modules = ["alpha_proj", "eta_proj", "memories.momentum", "log_learning_rates"]
     _keep_in_fp32_modules_strict = _keep_in_fp32_modules
     _supports_flash_attn = True

@@ -12,6 +12,7 @@ from .conftest import MEMORY, assert_same_memory, random_ids, tiny_config, tiny_
 
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
+WIDE = {"hidden_size": 64, "intermediate_size": 64, "adaptive_projections": ["k", "v"]}
 ATTENTION, LEVELS, MEMORIES = (
     ["k_proj", "v_proj"],
     ["up_proj", "down_proj"],
@@ -52,8 +53,7 @@ def test_training_changes_the_adapters_only(training):
 @pytest.mark.usefixtures("family")
 @pytest.mark.parametrize("optimizer", ["sgd", "dgd"])
 def test_learning_over_adapters_is_learning_of_the_merged_model(tmp_path, optimizer):
-    from peft import PeftModel
-
+    peft = pytest.importorskip("peft")
     fields = {"cms_optimizer": optimizer, "mlp_bias": True, "cms_learning_rates": 0.3}
     lora = adapted(tiny_model(**fields)).eval()
     merged = copy.deepcopy(lora).merge_and_unload()
@@ -84,7 +84,7 @@ def test_learning_over_adapters_is_learning_of_the_merged_model(tmp_path, optimi
     for other in (base, merged):
         with pytest.raises(ValueError, match="adapters count"):
             HopeCache.from_pretrained(tmp_path / "memory", model=other)
-    again = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     assert_same_memory(HopeCache.from_pretrained(tmp_path / "memory", model=again), memory, rtol=0, atol=0)
     memory.save_pretrained(tmp_path / "of merged", model=merged)
     loaded = HopeCache.from_pretrained(tmp_path / "of merged", model=merged)
@@ -92,6 +92,7 @@ def test_learning_over_adapters_is_learning_of_the_merged_model(tmp_path, optimi
 
 
 def test_what_adapters_can_be_put_on(tmp_path):
+    peft = pytest.importorskip("peft")
     model = tiny_model(**MEMORY, adaptive_projections=["k", "v"])
     lora, ids = adapted(model, target_modules="all-linear"), random_ids(2, 11)
     assert not any(part in name for name, _ in lora.named_parameters() for part in ("eta_proj.lora", "lm_head.lora"))
@@ -105,14 +106,12 @@ def test_what_adapters_can_be_put_on(tmp_path):
     trained = {name.split(".")[-2] for name, tensor in lora.named_parameters() if tensor.grad is not None}
     assert trained == {"default"}
     assert lora.base_model.model.score.modules_to_save["default"].weight.grad is not None
-    from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-
-    prefix = get_peft_model(tiny_model(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    prefix = peft.get_peft_model(tiny_model(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(ValueError, match="needs a HopeCache"):  # its prefix is a cache of keys and values
         prefix(input_ids=ids)
     # By Transformers' own hand, without PEFT's model around it.
     model = tiny_model(dtype=torch.float32)
-    model.add_adapter(LoraConfig(r=2, target_modules=LEVELS, init_lora_weights=False))
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=LEVELS, init_lora_weights=False))
     with torch.no_grad():
         expected = model(ids).logits
     model.save_pretrained(tmp_path)
@@ -123,9 +122,8 @@ def test_what_adapters_can_be_put_on(tmp_path):
 
 
 def quantized(tmp_path, config, **fields):
-    """A model of few bits, and its twin in float32 of the same numbers."""
-    fields = {"hidden_size": 64, "intermediate_size": 64, **fields}
-    tiny_model(dtype=torch.float32, **fields).save_pretrained(tmp_path / "model")
+    """A model in float32, saved in `model`, loaded with its maps in few bits."""
+    tiny_model(dtype=torch.float32, **WIDE, **fields).save_pretrained(tmp_path / "model")
     return AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=config, dtype=torch.float32)
 
 
@@ -142,15 +140,9 @@ def test_torchao_weights_learn_as_the_numbers_they_stand_for(tmp_path, optimizer
     from transformers import TorchAoConfig
 
     config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
-    model = quantized(tmp_path, config, cms_optimizer=optimizer, adaptive_projections=["k", "v"])
+    model = quantized(tmp_path, config, cms_optimizer=optimizer)
     assert_only_maps_of_the_layers_are_quantized(model, "Int8Tensor")
-    twin = tiny_model(
-        dtype=torch.float32,
-        hidden_size=64,
-        intermediate_size=64,
-        cms_optimizer=optimizer,
-        adaptive_projections=["k", "v"],
-    )
+    twin = tiny_model(dtype=torch.float32, cms_optimizer=optimizer, **WIDE)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             plain = tensor if type(tensor) is torch.Tensor else tensor.dequantize()
@@ -181,7 +173,7 @@ def test_bitsandbytes_in_8_bits_learns(tmp_path):
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
-    model = quantized(tmp_path, BitsAndBytesConfig(load_in_8bit=True), adaptive_projections=["k", "v"])
+    model = quantized(tmp_path, BitsAndBytesConfig(load_in_8bit=True))
     assert_only_maps_of_the_layers_are_quantized(model, "Int8Params")
     plain, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), random_ids(2, 21)
     with torch.no_grad():
