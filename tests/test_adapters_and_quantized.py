@@ -213,3 +213,24 @@ def test_bitsandbytes_in_4_bits_reads_and_says_where_it_cannot_learn(tmp_path):
             assert_same_memory(memory, before, rtol=0, atol=0)
         else:
             model(ids, past_key_values=memory)
+
+
+@pytest.mark.parametrize("bits", ["torchao", "bitsandbytes"])
+def test_adapters_over_few_bits_are_trained_and_learned_over(tmp_path, bits):
+    package = pytest.importorskip("torchao.quantization" if bits == "torchao" else bits)
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if bits == "torchao":
+        config = TorchAoConfig(package.Int8WeightOnlyConfig())
+    else:
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    fields = {"cms_optimizer": "dgd", "cms_training": "first_order", "mlp_bias": True, "cms_learning_rates": 0.1}
+    lora, ids = adapted(quantized(tmp_path, config, **fields, **MEMORY)).train(), random_ids(2, 9)
+    lora(input_ids=ids, labels=ids).loss.backward()
+    trained = {name for name, parameter in lora.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, _ in lora.named_parameters() if "lora" in name}
+    with torch.no_grad():
+        memory = lora.eval()(input_ids=ids).past_key_values
+    assert [row["levels"][0]["updates"] for row in memory.summary()["rows"]] == [2, 2]
+    memory.save_pretrained(tmp_path / "memory")
+    assert HopeCache.from_pretrained(tmp_path / "memory", model=lora).seen == [9, 9]
