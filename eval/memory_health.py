@@ -112,10 +112,9 @@ class Bench:
         if mu is not None:
             assert memories.momentum is not None
             memories.momentum.copy_(torch.tensor(mu).logit())
-        maps = memories.maps(slice(None), 1, torch.float32)
+        maps, self.constants = memories(slice(None), 1, torch.float32)
         zeros = tuple(torch.zeros_like(weights) for weights in maps)
         self.chunk_size = config.memory_chunk_size
-        self.constants = memories.constants(slice(None), maps)
         self.start = FastWeights(maps, maps, zeros)
         self.k, self.v, self.further_k, self.further_v = (
             unit(torch.randn(MEMORIES, WIDTH, count)) for count in (PAIRS, PAIRS, FURTHER, FURTHER)
@@ -200,7 +199,7 @@ def layer_health(mixer: SelfModifyingMemory, state: dict[str, torch.Tensor], pro
     inverse, squares = [], torch.zeros(len(state["conv"]))
     for name, group in mixer.groups.items():
         now = [state[f"{name}.now.{map_name}"] for map_name in mixer.memories.map_names]
-        rest = mixer.memories.maps(group.memories, 1, torch.float32)
+        rest, _ = mixer.memories(group.memories, 1, torch.float32)
         squares += sum((a - b).square().flatten(1).sum(1) for a, b in zip(now, rest, strict=True))
         w2, w1 = now
         hidden = F.silu((w2 @ probes).view(*w1.shape[:3], -1, probes.shape[1]))

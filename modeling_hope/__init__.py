@@ -7,6 +7,9 @@ from .auto_hope import (
     HopeCache,
     HopeConfig,
     HopeForCausalLM,
+    HopeForQuestionAnswering,
+    HopeForSequenceClassification,
+    HopeForTokenClassification,
     HopeModel,
     HopePreTrainedModel,
     consolidate,
@@ -17,4 +20,14 @@ AutoConfig.register("hope", HopeConfig, exist_ok=True)
 for auto_class, hope_class in AUTO_CLASSES.items():
     auto_class.register(HopeConfig, hope_class, exist_ok=True)
 
-__all__ = ["HopeCache", "HopeConfig", "HopeForCausalLM", "HopeModel", "HopePreTrainedModel", "consolidate"]
+__all__ = [
+    "HopeCache",
+    "HopeConfig",
+    "HopeForCausalLM",
+    "HopeForQuestionAnswering",
+    "HopeForSequenceClassification",
+    "HopeForTokenClassification",
+    "HopeModel",
+    "HopePreTrainedModel",
+    "consolidate",
+]

@@ -9,17 +9,28 @@ makes config, models and memories those of one package. Whatever else a user wit
 `get_class_from_dynamic_module("auto_hope.HopeCache", directory)`.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from .cache_hope import HopeCache
 from .configuration_hope import HopeConfig
 from .consolidation import consolidate
+from .heads_hope import HopeForQuestionAnswering, HopeForSequenceClassification, HopeForTokenClassification
 from .modeling_hope import HopeForCausalLM, HopeModel, HopePreTrainedModel
 
 
 AUTO_CLASSES = {
     AutoModel: HopeModel,
     AutoModelForCausalLM: HopeForCausalLM,
+    AutoModelForQuestionAnswering: HopeForQuestionAnswering,
+    AutoModelForSequenceClassification: HopeForSequenceClassification,
+    AutoModelForTokenClassification: HopeForTokenClassification,
 }
 
 AUTO_MAP = {
@@ -33,6 +44,9 @@ __all__ = [
     "HopeCache",
     "HopeConfig",
     "HopeForCausalLM",
+    "HopeForQuestionAnswering",
+    "HopeForSequenceClassification",
+    "HopeForTokenClassification",
     "HopeModel",
     "HopePreTrainedModel",
     "consolidate",

@@ -170,6 +170,17 @@ class HopeCache(Cache):
         fork.assign(self)
         return fork
 
+    __copy__ = clone
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HopeCache:
+        return self.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "A HopeCache is not pickled: a pickle could not tell whose memory it is. Use `save_pretrained` and "
+            "`HopeCache.from_pretrained`."
+        )
+
     def assign(self, other: HopeCache) -> None:
         """Become a fork of another memory of the same model."""
         self.layers: list[HopeCacheLayer] = []
@@ -329,7 +340,8 @@ class HopeCache(Cache):
         Args:
             save_directory: made if need be.
             model: the one it belongs to, unset the one it was last used with. A sample of its slow weights is noted, so
-                that loading refuses another model of the same shape.
+                that loading refuses another model of the same shape. Adapters count: give the merged model to save for
+                that what was learned over its adapters.
             dtype: `torch.bfloat16`, `torch.float16` or `torch.float32`: wider floating-point tensors are written in it,
                 but for those with numbers beyond its range. Unset: as they are, nothing lost.
             low_rank_error: between 0 and 1. Each changed matrix is written as two factors of the least rank with at most

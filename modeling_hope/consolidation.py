@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 from transformers.utils import logging
 
 from .cache_hope import HopeCache, check_memory
 from .fast_weights import LEARNED_MAPS, Tensors
 from .memory_checks import weight_sample
+from .slow_weights import is_linear
 
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _check_slow_weights(model: HopeForCausalLM, levels: dict[int, float]) -> Non
             for name in LEARNED_MAPS[model.config.cms_fast_weights]:
                 module = getattr(layer.cms.level(level), name)
                 place = f"model.layers.{index}.cms level {level} {name}"
-                if type(module) is not nn.Linear or not module.weight.is_floating_point():
+                if not is_linear(module):
                     raise ValueError(
                         f"{place} is a {type(module).__name__}, to which no change can be added: consolidate into the plain "
                         "model, without quantization, its adapters merged (`merge_and_unload()`)."

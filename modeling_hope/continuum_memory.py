@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .configuration_hope import HopeConfig
 from .fast_weights import LevelWeights
+from .slow_weights import check_on_device
 
 
 class HopeRMSNorm(LlamaRMSNorm):
@@ -88,6 +89,7 @@ class HopeContinuumMemory(nn.Module):
         """Inner learning rate of a level in this layer."""
         if self.log_learning_rates is None:
             return float(self.config.level_learning_rates[level])
+        check_on_device(self)
         return self.log_learning_rates[self.held.index(level)].exp().item()
 
     def initialise(self) -> None:

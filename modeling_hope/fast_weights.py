@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .slow_weights import check_on_device, is_linear
+
 
 # The maps of a level's MLP by what `config.cms_fast_weights` calls them.
 LEARNED_MAPS = {"all": ("gate_proj", "up_proj", "down_proj"), "down_proj": ("down_proj",)}
@@ -134,7 +136,7 @@ def _runs(rows: Sequence[RowWeight | None]) -> list[tuple[int, int]]:
 
 def can_merge(module: nn.Module) -> bool:
     """Whether slow weight plus change loses nothing that counts: a plain linear map in float32 or better."""
-    if type(module) is not nn.Linear or module.weight.is_meta:
+    if not is_linear(module) or module.weight.is_meta:
         return False
     return module.weight.dtype in (torch.float32, torch.float64)
 
@@ -173,11 +175,7 @@ def learning_weights(
     Own aliases keep the gradient of a segment from leaking into another through old keys and values, and keep the
     rows apart though they share the slow weights.
     """
-    if any(parameter.is_meta for parameter in mlp.parameters()):
-        raise ValueError(
-            "`device_map` has offloaded a level that learns: keep the layers of learning levels on a device, or give "
-            "learn='off'."
-        )
+    check_on_device(mlp)
     rows: list[dict[str, RowWeight] | None] = []
     traced: list[Tensors] = []
     for memory in memories:
@@ -185,8 +183,7 @@ def learning_weights(
         for name in maps:
             module = getattr(mlp, name)
             change = memory.change.get(name)
-            plain = type(module) is nn.Linear
-            if merge and change is None and plain:
+            if merge and change is None and is_linear(module):
                 weights[name] = RowWeight(_alias(module.weight), whole=True)
             elif merge and can_merge(module):
                 weights[name] = RowWeight(_alias(memory.merged(name, module.weight)), whole=True)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from .cache_hope import HopeCache
 from .configuration_hope import HopeConfig
 from .fast_weights import LEARNED_MAPS, LevelMemory, LevelWeights, Tensors, learning_weights, reading_weights
+from .slow_weights import check_gradients
 from .stream_record import LOSSES_KEPT, StreamRecord
 
 
@@ -82,6 +83,8 @@ def run_weights(model: HopeModel, cache: HopeCache, rows: Sequence[int], learn: 
     maps = LEARNED_MAPS[model.config.cms_fast_weights]
     record = model.config.cms_optimizer == "dgd"
     learning = model.config.learning_levels if learn else []
+    if learn:
+        check_gradients(model)
     run: RunWeights = []
     for decoder_layer, cache_layer in zip(model.layers, cache.layers, strict=True):
         used: dict[int, LevelWeights] = {}

@@ -12,6 +12,7 @@ from torch import nn
 
 from .configuration_hope import HopeConfig
 from .fast_weights import LEARNED_MAPS, MEMORY_TENSORS
+from .slow_weights import stored_parameters
 from .stream_record import LOSSES_KEPT, NO_TOKEN
 
 
@@ -233,12 +234,10 @@ def _require(fits: bool, name: str, tensor: Described, expected: str) -> None:
 
 
 def hope_decoder(model: Any) -> Any:
-    """The `HopeModel` inside a model; `ValueError` when it is no Hope model."""
-    decoder = getattr(model, "model", model)
-    if not hasattr(getattr(model, "config", None), "memory_fields") or not hasattr(decoder, "layers"):
-        raise ValueError(
-            f"`model` is a {type(model).__name__}: give the Hope model itself, without what is wrapped around it."
-        )
+    """The `HopeModel` of a model, whatever is around it; `ValueError` when it is no Hope model."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if not hasattr(getattr(decoder, "config", None), "memory_fields"):
+        raise ValueError(f"`model` is a {type(model).__name__}: give the Hope model that the memory belongs to.")
     return decoder
 
 
@@ -251,25 +250,26 @@ def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     )
 
 
-def weight_sample(model: nn.Module) -> torch.Tensor:
+def weight_sample(model: Any) -> torch.Tensor:
     """A few numbers of every parameter, evenly spaced, `[samples]` float32: tells models of one shape apart."""
     samples = []
-    for _, parameter in sorted(getattr(model, "model", model).named_parameters()):  # with or without a head
-        flat = parameter.detach().reshape(-1)
+    for parameter in stored_parameters(hope_decoder(model)):  # with or without a head
+        flat = parameter.reshape(-1)
         step = max(flat.numel() // SAMPLES_PER_PARAMETER, 1)
         samples.append(flat[::step][:SAMPLES_PER_PARAMETER].float().cpu())
     return torch.cat(samples)
 
 
-def check_weights(sample: torch.Tensor, dtype: str, model: nn.Module) -> None:
+def check_weights(sample: torch.Tensor, dtype: str, model: Any) -> None:
     """Raise `ValueError` unless the sample is of this model's weights, as they are or cast from or to `dtype`."""
     own = weight_sample(model)
     fits = sample.dtype == own.dtype and sample.shape == own.shape
-    if fits and dtype == str(next(model.parameters()).dtype):
-        fits = torch.equal(sample, own)
+    if fits and dtype == str(model.dtype):
+        # What a model of low precision holds in float32 may have been cast since.
+        fits = torch.equal(sample.to(model.dtype), own.to(model.dtype))
     elif fits:
         # A cast rounds, to bfloat16 by at most 2**-9. A hash of rounded numbers would not do: a cast to float16 on the
         # way may round to another bfloat16 than none.
         fits = torch.allclose(sample, own, rtol=2**-8, atol=1e-6)
     if not fits:
-        raise ValueError("it belongs to another model, of the same shape and other weights")
+        raise ValueError("it belongs to another model, of the same shape and other weights (adapters count)")

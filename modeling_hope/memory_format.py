@@ -17,6 +17,7 @@ from .memory_checks import check_contents, check_weights, hope_decoder, weight_s
 from .memory_files import read_files, write_files
 from .memory_precision import LowRank, decode, encode
 from .mixer_state import MixerState
+from .slow_weights import device_of
 from .stream_record import StreamRecord
 
 
@@ -97,7 +98,7 @@ def describe(cache: HopeCache, model: nn.Module | None) -> dict[str, Any]:
         raise ValueError("`notes` would come back from JSON changed: use dicts with str keys, and lists for tuples.")
     description = {
         "model": cache.memory_fields,
-        "dtype": None if model is None else str(next(model.parameters()).dtype),
+        "dtype": None if model is None else str(model.dtype),
         "columns": cache.columns,
         "rows": [{name: getattr(row, name) for name in RECORD_FIELDS} for row in cache.rows],
         "notes": notes,
@@ -175,29 +176,23 @@ class _Contents:
 
 def _fill(cache: HopeCache, rows: list[dict[str, Any]], contents: _Contents, model: Any) -> None:
     wide = torch.promote_types(model.dtype, torch.float32)
+    device = device_of(hope_decoder(model))
     for index, row in enumerate(rows):
         numbers: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in row.items()}
         embeds = f"rows.{index}.embeds"
         record = StreamRecord(
-            ids=contents.copy(f"rows.{index}.ids", model.device, torch.int64),
+            ids=contents.copy(f"rows.{index}.ids", device, torch.int64),
             learn=contents.copy(f"rows.{index}.learn", torch.device("cpu"), torch.bool),
-            embeds=contents.copy(embeds, model.device, model.dtype) if embeds in contents.tensors else None,
+            embeds=contents.copy(embeds, device, model.dtype) if embeds in contents.tensors else None,
             **numbers,
         )
         cache.rows.append(record)
     maps = LEARNED_MAPS[model.config.cms_fast_weights]
     for index, (layer, decoder_layer) in enumerate(zip(cache.layers, hope_decoder(model).layers, strict=True)):
-        mixer, place = decoder_layer.mixer, _device(decoder_layer)
+        mixer, place = decoder_layer.mixer, device_of(decoder_layer)
         layer.mixer = contents.state(f"layers.{index}.mixer", mixer, place, model.dtype)
         if not (mixer.rewinds or model.config.rewinds):  # else it would not be kept up to date
             layer.opened = contents.state(f"layers.{index}.opened", mixer, place, model.dtype)
         for level in layer.levels:
             prefix = f"layers.{index}.levels.{level}.rows."
             layer.levels[level] = [contents.level(f"{prefix}{row}.", maps, place, wide) for row in range(len(rows))]
-
-
-def _device(layer: nn.Module) -> torch.device:
-    """Where a layer runs; the weights of an offloaded one are elsewhere, or nowhere."""
-    hook = getattr(layer, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    return next(layer.parameters()).device if device is None else torch.device(device)

@@ -26,8 +26,13 @@ class MixerState:
         self.tensors = tensors
 
     @property
+    def first(self) -> torch.Tensor:
+        """A tensor of the dtype that the layer computes in, on its device."""
+        return next(iter(self.tensors.values()))
+
+    @property
     def device(self) -> torch.device:
-        return next(iter(self.tensors.values())).device
+        return self.first.device
 
     def select(self: State, rows: torch.Tensor) -> State:
         """The state of some rows, `[rows]` int64, in that order."""

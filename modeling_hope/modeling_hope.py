@@ -73,6 +73,10 @@ class HopePreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["HopeDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values", "state", "span", "weights"]
+    # In bfloat16 what a memory forgets, 1 - alpha, is 2% off, and an optimizer's steps are rounded away. Named twice: the
+    # first list is for float16 and for quantization, the second for both low precisions.
+    _keep_in_fp32_modules = ["alpha_proj", "eta_proj", "memories.momentum", "log_learning_rates"]
+    _keep_in_fp32_modules_strict = _keep_in_fp32_modules
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -84,6 +88,21 @@ class HopePreTrainedModel(PreTrainedModel):
         config.complete()
         config.validate()
         super().__init__(config, *args, **kwargs)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """
+        As Transformers' own. A memory made before has read another vocabulary: it is refused from then on.
+
+        Raises:
+            ValueError: `pad_token_id` would lie outside; what is saved then could not be loaded.
+        """
+        pad = self.config.pad_token_id
+        if new_num_tokens is not None and pad is not None and 0 < new_num_tokens <= pad:
+            raise ValueError(
+                f"`new_num_tokens` is {new_num_tokens} and config.pad_token_id {pad}: set it to a token that stays, or "
+                "to None, first."
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -89,23 +89,22 @@ class Memories(nn.Module):
             self.w = nn.Parameter(torch.empty(heads, count, d, d))
         self.momentum = nn.Parameter(torch.empty(heads, count)) if config.memory_momentum else None
 
-    def maps(self, memories: slice, batch: int, dtype: torch.dtype) -> Maps:
-        """The initial maps of some memories in every row, laid out as `memory_chunk` takes them."""
+    def forward(self, memories: slice, batch: int, dtype: torch.dtype) -> tuple[Maps, Constants]:
+        """
+        The initial maps of some memories in every row, laid out as `memory_chunk` takes them, and what goes with them in
+        every chunk.
+        """
         first, *others = (getattr(self, name)[:, memories].to(dtype) for name in self.map_names)
-        return tuple(_for_rows(weights, batch) for weights in (first.flatten(1, 2)[:, None], *others))
-
-    def constants(self, memories: slice, maps: Maps) -> Constants:
-        """What goes with those maps in every chunk."""
-        dtype, mu, gamma = maps[0].dtype, None, None
-        own = getattr(self, self.map_names[0])[:, memories]
-        batch, count = maps[0].shape[0] // own.shape[0], own.shape[1]
+        count = first.shape[1]
+        maps = tuple(_for_rows(weights, batch) for weights in (first.flatten(1, 2)[:, None], *others))
+        mu, gamma = None, None
         if self.deep:
             gamma = _for_rows(self.gamma[:, memories].to(dtype)[..., None], batch)
         if self.momentum is not None:
             kept = _for_rows(torch.sigmoid(self.momentum[:, memories].to(dtype))[..., None, None], batch)
-            first = kept.expand(-1, -1, maps[0].shape[2] // count, -1).flatten(1, 2)[:, None]
-            mu = (first, kept) if self.deep else (first,)
-        return Constants(count, maps if self.retention == "initial" else None, gamma, mu)
+            by_row = kept.expand(-1, -1, maps[0].shape[2] // count, -1).flatten(1, 2)[:, None]
+            mu = (by_row, kept) if self.deep else (by_row,)
+        return maps, Constants(count, maps if self.retention == "initial" else None, gamma, mu)
 
     def initialise(self) -> None:
         """
@@ -142,18 +141,26 @@ class HeadScalars(nn.Module):
         init.constant_(self.bias, _logit(self.start) / LOGIT_GAIN)
 
 
-class StaticScalars(nn.Linear):
-    """One logit per head from the slow maps' input, 5 times a linear map, `[..., hidden_size]` to `[..., H]`."""
+class StaticScalars(nn.Module):
+    """
+    One logit per head from the slow maps' input, 5 times a linear map: weight `[H, hidden_size]`, bias `[H]`.
+
+    No `nn.Linear`: what takes the place of those, quantized or adapted, would lose the factor.
+    """
 
     def __init__(self, hidden: int, heads: int, start: float):
-        super().__init__(hidden, heads)
+        super().__init__()
         self.start = start
+        self.weight = nn.Parameter(torch.empty(heads, hidden))
+        self.bias = nn.Parameter(torch.empty(heads))
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return super().forward(input) * LOGIT_GAIN
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        """`[..., hidden_size]` to `[..., H]`, in float32 or better."""
+        wide = torch.promote_types(u.dtype, torch.float32)
+        return F.linear(u.to(wide), self.weight.to(wide), self.bias.to(wide)) * LOGIT_GAIN
 
     def initialise(self) -> None:
-        init.normal_(self.weight, std=self.in_features**-0.5 / LOGIT_GAIN)
+        init.normal_(self.weight, std=self.weight.shape[-1] ** -0.5 / LOGIT_GAIN)
         init.constant_(self.bias, _logit(self.start) / LOGIT_GAIN)
 
 
@@ -304,8 +311,7 @@ class SelfModifyingMemory(nn.Module):
         batch = queries.shape[0]
         weights = self._fast_weights(state, batch, queries.dtype)
         constants = {
-            name: self.memories.constants(group.memories, self.memories.maps(group.memories, batch, queries.dtype))
-            for name, group in self.groups.items()
+            name: self.memories(group.memories, batch, queries.dtype)[1] for name, group in self.groups.items()
         }
         (main, *_), (*_, last) = self.groups, self.groups
         by_token = self.config.memory_read == "token"
@@ -373,7 +379,7 @@ class SelfModifyingMemory(nn.Module):
         found = {}
         for name, group in self.groups.items():
             if state is None:
-                maps = self.memories.maps(group.memories, batch, dtype)
+                maps, _ = self.memories(group.memories, batch, dtype)
                 zeros = tuple(torch.zeros_like(weights) for weights in maps)
                 found[name] = FastWeights(maps, maps, None if self.memories.momentum is None else zeros)
                 continue

@@ -20,7 +20,7 @@ from .stream_record import NO_TOKEN
 
 
 if TYPE_CHECKING:
-    from .modeling_hope import HopeDecoderLayer, HopeModel
+    from .modeling_hope import HopeModel
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -186,7 +186,7 @@ class Stream:
         may have been read in earlier calls, and the work at a segment's end is that of one segment.
         """
         config, cache = self.model.config, self.cache
-        if torch.is_grad_enabled() and _reentrant(self.model):
+        if _reentrant(self.model):
             raise ValueError(
                 "`gradient_checkpointing_kwargs={'use_reentrant': True}` cannot take the gradients that learning needs: "
                 "give {'use_reentrant': False}."
@@ -348,12 +348,8 @@ class Stream:
             if rows == list(range(self.batch)):
                 cache_layer.mixer = state
                 continue
-            before = cache_layer.mixer or self._empty_state(layer, state.device)
+            before = cache_layer.mixer or layer.mixer.empty_state(self.batch, state.first)
             cache_layer.mixer = before.place(torch.tensor(rows, device=state.device), state)
-
-    def _empty_state(self, layer: HopeDecoderLayer, device: torch.device) -> MixerState:
-        """Of a layer's mixer, for rows that have read nothing."""
-        return layer.mixer.empty_state(self.batch, self.model.embed_tokens.weight).to(device)
 
     def _open_segments(self) -> None:
         """Note the states of rows that stand at the start of a segment, which will be read again from there."""
@@ -369,7 +365,7 @@ class Stream:
                 cache_layer.opened = state
                 continue
             if cache_layer.opened is None:
-                cache_layer.opened = self._empty_state(layer, state.device)
+                cache_layer.opened = layer.mixer.empty_state(self.batch, state.first)
             if starting:
                 index = torch.tensor(starting, device=state.device)
                 cache_layer.opened = cache_layer.opened.place(index, state.select(index))

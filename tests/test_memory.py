@@ -732,8 +732,7 @@ def test_rates_and_decays_start_where_they_are_told_to(adaptive, largest):
     mixer = HopeForCausalLM(config).model.layers[0].mixer
     _, kept = mixer._streams(0.5 * noise(1, 256, 64).float(), torch.float32)
     streams = kept[0].permute(1, 2, 0)
-    maps = mixer.memories.maps(slice(1, None), 1, torch.float32)
-    constants = mixer.memories.constants(slice(1, None), maps)
+    maps, constants = mixer.memories(slice(1, None), 1, torch.float32)
     _, _, rates, log_alpha, _ = mixer._project(maps, constants, streams, noise(2, 32, 256).float())
     start = min(START_RATE, largest / 2)
     assert start / 2 < rates.median() < start * 2 and rates.max() < start * 20

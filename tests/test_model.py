@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from modeling_hope import HopeCache, HopeConfig, HopeForCausalLM, HopeModel
+from modeling_hope import HopeCache, HopeConfig, HopeForCausalLM, HopeForTokenClassification, HopeModel
 
-from .conftest import MEMORY, assert_same_memory, random_ids, tiny_config, tiny_model
+from .conftest import assert_same_memory, random_ids, tiny_config, tiny_model
 
 
 def test_a_config_of_four_numbers_is_a_sensible_model():
@@ -382,21 +382,41 @@ def test_trainer(tmp_path, training):
 
 
 @pytest.mark.usefixtures("family")
-def test_gradient_checkpointing_gives_the_same_gradients():
-    for reentrant in (True, False):
-        plain, checkpointed = (tiny_model().train() for _ in range(2))
-        checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        if reentrant:
-            checkpointed.enable_input_require_grads()
-        ids = random_ids(2, 11)
-        for model in (plain, checkpointed):
-            model(ids, labels=ids, use_cache=False).loss.backward()
-        for (name, parameter), other in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
-            torch.testing.assert_close(parameter.grad, other.grad, msg=name)
+@pytest.mark.parametrize("training", ["static", "first_order"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients_or_says_why_not(family, training, reentrant):
+    """With no memory, one to return, and one that has learned; of the language model and of a head."""
+    ids = random_ids(2, 11)
+    with torch.no_grad():
+        learned = tiny_model()(random_ids(2, 8, seed=1)).past_key_values
+    for kind, labels in (HopeForCausalLM, ids), (HopeForTokenClassification, ids % 2):
+        for memory, use_cache in ((None, False), (None, True), (learned, True)):
+            models = []
+            for checkpointed in (False, True):
+                torch.manual_seed(0)
+                model = kind(tiny_config(cms_training=training, classifier_dropout=0.0)).double().train()
+                if checkpointed:
+                    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+                models.append(model)
+            plain, checkpointed = models
+            options = {"labels": labels, "use_cache": use_cache}
+            learns = training == "first_order" and kind is HopeForCausalLM
+            if reentrant and (learns or (use_cache and family != "attention")):
+                before = None if memory is None else memory.clone()
+                with pytest.raises(ValueError, match="use_reentrant"):
+                    checkpointed(ids, past_key_values=memory, **options)
+                if memory is not None:
+                    assert_same_memory(memory, before, rtol=0, atol=0)
+                continue
+            for model in models:
+                own = None if memory is None else memory.clone()
+                model(ids, past_key_values=own, **options).loss.backward()
+            for (name, parameter), other in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+                torch.testing.assert_close(parameter.grad, other.grad, msg=name)
 
 
-def test_reentrant_checkpointing_that_would_lose_a_gradient_is_refused():
-    model = tiny_model(**MEMORY).train()
+def test_reentrant_checkpointing_cannot_learn_even_where_no_outer_gradient_is_taken():
+    model = tiny_model().train()
     model.gradient_checkpointing_enable({"use_reentrant": True})
-    with pytest.raises(ValueError, match="use_reentrant"):
-        model(random_ids(1, 11), use_cache=True)
+    with torch.no_grad(), pytest.raises(ValueError, match="use_reentrant"):
+        model(random_ids(1, 11), learn="all")
