@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # What is learned from: everything, what the model is told, or nothing.
 LEARN = ("all", "prompt", "off")
+# What Transformers' loop hands on to every step and Hope does not read, `tokenizer` for the sake of stop strings.
+NOT_READ = ("position_ids", "token_type_ids", "labels", "tokenizer")
 # As many tokens in common with the start of the history do not come about by chance.
 LONG_REPETITION = 8
 
@@ -132,7 +134,7 @@ class HopeGenerationMixin(GenerationMixin):
             As `GenerationMixin.generate`. The memory holds the returned sequences up to their last tokens, one row for
             each, after beam search too. When anything is raised it is as it was.
         """
-        settings = _Settings(kwargs, generation_config, self.generation_config)
+        settings = Settings(kwargs, generation_config, self.generation_config)
         learn = kwargs.pop("learn", None) or settings.get("learn") or ("prompt" if self._learns(None) else "off")
         check_learn(learn)
         if settings.get("cache_implementation") not in (None, "dynamic"):
@@ -269,9 +271,7 @@ class HopeGenerationMixin(GenerationMixin):
             }
         else:
             inputs = _whole(turn, input_ids)
-        passed = {
-            k: v for k, v in kwargs.items() if k not in ("position_ids", "token_type_ids", "labels") and v is not None
-        }
+        passed = {name: value for name, value in kwargs.items() if name not in NOT_READ and value is not None}
         return {**passed, **inputs, "past_key_values": past_key_values}
 
 
@@ -281,7 +281,7 @@ def check_learn(learn: str) -> None:
         raise ValueError(f"`learn` must be one of {', '.join(map(repr, LEARN))}, got {learn!r}.")
 
 
-class _Settings:
+class Settings:
     """A setting of this call: its argument, else the generation config's, else the model's."""
 
     def __init__(self, kwargs: dict[str, Any], *configs: GenerationConfig | None):
