@@ -73,6 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.memory is not None and not kept:
         check_free(arguments.memory)
     logging.set_verbosity_error()
+    bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
@@ -82,7 +83,8 @@ def run(arguments: argparse.Namespace) -> None:
         ChatTurns(tokenizer)  # refuses one without a template
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype).eval()
         session = HopeSession.load(arguments.memory, model, tokenizer) if kept else HopeSession(model, tokenizer)
-    logging.enable_progress_bar()
+    if bars:
+        logging.enable_progress_bar()
     Conversation(session, console, arguments).run()
 
 
