@@ -52,6 +52,7 @@ def add_to(commands: Any) -> None:
     sampling.add_argument("--greedy", action="store_true", help="take the likeliest token, always")
     parser.add_argument("--seed", type=int, help="of the samples")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.set_defaults(run=run, extra="chat")
 
 
@@ -82,6 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
         ChatTurns(tokenizer)  # refuses one without a template
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype).eval()
+        model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         session = HopeSession.load(arguments.memory, model, tokenizer) if kept else HopeSession(model, tokenizer)
     if bars:
         logging.enable_progress_bar()
@@ -163,7 +165,7 @@ class Conversation:
     def answer(self, message: str) -> None:
         """Say it word by word; Ctrl-C ends it after the next one, and it stays what was said."""
         system = self.arguments.system if self.session.conversation is None else None
-        stream = self.session.chat(message, system=system, stream=True, **self.options)
+        stream: Any = self.session.chat(message, system=system, stream=True, **self.options)
         ended = False
         try:
             while not ended:

@@ -214,7 +214,7 @@ class HopeSession:
             chunk = min(chunk, (LOSSES_KEPT - 1) * self.model.config.segment_length)
         blocks, size, started = text_blocks(source), text_bytes(source), time.monotonic()
         hidden = not (sys.stderr.isatty() if progress is None else progress)
-        tokens, losses = 0, []
+        tokens, losses = 0, list[float]()
         with self._alone(), tqdm(total=size, unit="B", unit_scale=True, desc="reading", disable=hidden) as bar:
             if self.conversation == OPEN:
                 work, turns = self.memory.clone(), ChatTurns(self.tokenizer)
