@@ -85,7 +85,9 @@ class ChatTurns:
             )
         except (TemplateError, TypeError, KeyError) as error:
             roles = ", ".join(str(message.get("role")) for message in messages)
-            raise ValueError(f"The chat template refuses messages by {roles}: {error}. {FIX}") from error
+            raise ValueError(
+                f"The chat template refuses messages by {roles}: {error}. Give others, or set another `tokenizer.chat_template`."
+            ) from error
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids

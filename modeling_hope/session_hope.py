@@ -63,10 +63,10 @@ class HopeSession:
     """
     One stream: a model, its tokenizer, and the memory of what was read and said so far.
 
-    Each call takes a new `HopeCache` in the place of `memory` once all has gone well, and in one step: an error or Ctrl-C
-    leaves it as it was, and `save()`, `fork()` and `summary()` show a whole memory at any time, from any thread. One call
-    at a time may change it: `generate`, `chat`, `read` and `reset` raise `RuntimeError` while another one runs, or a text
-    is streamed.
+    Each call puts a new `HopeCache` in the place of `memory` once all has gone well, and in one step: an error or Ctrl-C
+    leaves it as it was (`read` goes on piece by piece, and leaves it at the last), and `save()`, `fork()` and `summary()`
+    see a whole memory at any time, from any thread. One call at a time may change it: `generate`, `chat`, `read` and
+    `reset` raise `RuntimeError` while another one runs, or a text is streamed.
 
     Args:
         model (`HopeForCausalLM`): shared by as many sessions as one likes.
@@ -192,8 +192,8 @@ class HopeSession:
         Read a text of any length, and learn from it. Takes as much memory for a long one as for a short one.
 
         An answer that a conversation has left open is closed first. Text is tokenized in pieces of 65,536 characters, cut
-        between words: its tokens are those of the whole, but for a line of more without a space. Ctrl-C leaves the memory
-        with what was read up to then.
+        between words: its tokens are those of the whole, but for a line of more without a space. Special tokens written
+        in it are read as such, as by the tokenizer. Ctrl-C leaves the memory with what was read up to then.
 
         Args:
             source: text, a `pathlib.Path`, an open file, or an iterable of strings. A `str` is never a path.
@@ -214,7 +214,8 @@ class HopeSession:
             chunk = min(chunk, (LOSSES_KEPT - 1) * self.model.config.segment_length)
         blocks, size, started = text_blocks(source), text_bytes(source), time.monotonic()
         hidden = not (sys.stderr.isatty() if progress is None else progress)
-        tokens, losses = 0, list[float]()
+        tokens = 0
+        losses: list[float] = []
         with self._alone(), tqdm(total=size, unit="B", unit_scale=True, desc="reading", disable=hidden) as bar:
             if self.conversation == OPEN:
                 work, turns = self.memory.clone(), ChatTurns(self.tokenizer)
@@ -294,7 +295,7 @@ class HopeSession:
         """Generate after new tokens, in the work's memory, which then becomes the session's."""
         width = max(len(ids), 1)  # without any, the token that waits
         # A mask over the history says that the ids are new, whatever they look like.
-        mask = torch.ones(1, work.columns + width, dtype=torch.int64, device=self.model.device)
+        mask = torch.ones(1, 1, dtype=torch.bool, device=self.model.device).expand(1, work.columns + width)
 
         def say(**more: Any) -> str:
             found = self.model.generate(

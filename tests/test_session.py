@@ -206,7 +206,6 @@ def test_reading_closes_an_open_answer(session):
     assert stream_of(session)[-12:-1] == [20, 21, 3, 7, 5, 10, END, 5, 3, 8, 5]
 
 
-@every_mixer
 def test_sources_of_text(session, tmp_path, monkeypatch):
     """Whatever it comes from and however it is cut, it is one stream, read as in one call."""
     monkeypatch.setattr(text_pieces, "BLOCK", 32)
