@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from modeling_hope import HopeSession
 
 
+# How the names of files begin that a save has made and not finished.
+LEFTOVERS = (".", "memory-")
 # What goes wrong in a conversation and does not end it.
 ERRORS = (ValueError, TypeError, OSError, RuntimeError)
 
@@ -95,10 +97,10 @@ def holds_memory(directory: Path) -> bool:
 
 
 def check_free(directory: Path) -> None:
-    """Raise `ValueError` unless a memory can be written there over nothing of anybody's."""
-    if directory.exists() and (
-        not directory.is_dir() or any(not file.name.startswith(".") for file in directory.iterdir())
-    ):
+    """Raise `ValueError` unless a directory is empty, but for what a save that was killed has left, or not there yet."""
+    if not directory.exists():
+        return
+    if not directory.is_dir() or not all(file.name.startswith(LEFTOVERS) for file in directory.iterdir()):
         raise ValueError(f"{directory} holds other things than a memory: give another directory.")
 
 
@@ -112,6 +114,7 @@ class Conversation:
             self.options["do_sample"] = not arguments.greedy
         if arguments.temperature is not None:
             self.options["temperature"] = arguments.temperature
+        self.kept = session.memory
         self.ended = False
 
     def run(self) -> None:
@@ -146,9 +149,12 @@ class Conversation:
                 self.note("\nCtrl-D or /quit ends the conversation.")
 
     def attempt(self, action: Any, text: str) -> None:
-        """Do it; what goes wrong is told in a line, and what is interrupted is over."""
+        """Do it, and keep what has changed; what goes wrong is told in a line, and what is interrupted is over."""
         try:
-            action(text)
+            try:
+                action(text)
+            finally:
+                self.keep()
         except KeyboardInterrupt:
             self.complain("Interrupted.")
         except ERRORS as error:
@@ -177,7 +183,6 @@ class Conversation:
                     stream.stop()
         finally:
             self.console.print()
-        self.keep()
 
     def obey(self, line: str) -> None:
         name, _, argument = line[1:].partition(" ")
@@ -186,8 +191,10 @@ class Conversation:
         COMMANDS[name][0](self, argument.strip())
 
     def keep(self) -> None:
-        if self.arguments.memory is not None:
+        """Save the memory, if there is a place for it and it is another one than was saved last."""
+        if self.arguments.memory is not None and self.session.memory is not self.kept:
             self.session.save(self.arguments.memory)
+            self.kept = self.session.memory
 
     def show(self, argument: str) -> None:
         from rich.table import Table
@@ -230,7 +237,6 @@ class Conversation:
         if not all(level.isdecimal() for level in levels):
             raise ValueError("/reset [LEVELS]: numbers of levels, as /show counts them; none for everything.")
         self.session.reset([int(level) for level in levels] or None)
-        self.keep()
         self.console.print(f"Forgot what levels {', '.join(levels)} learned." if levels else "Forgot everything.")
 
     def read(self, argument: str) -> None:
@@ -241,10 +247,8 @@ class Conversation:
         try:
             found = self.session.read(file, learn=self.options["learn"])
         except KeyboardInterrupt:
-            self.keep()
             self.complain(f"Interrupted after {self.session.tokens - before:,} tokens, which stay.")
             return
-        self.keep()
         loss = "" if found.loss is None else f", loss {found.loss:.3f}"
         self.console.print(f"Read {found.tokens:,} tokens in {found.seconds:,.1f} s{loss}.")
 

@@ -263,7 +263,8 @@ class HopeSession:
     def summary(self) -> dict[str, Any]:
         """As `HopeCache.summary`, of the one row, and the state of the `conversation`."""
         whole = self.memory.summary()
-        return {"bytes": whole["bytes"], **whole["rows"][0], "conversation": self.conversation}
+        (row,) = whole.pop("rows")
+        return {**whole, **row, "conversation": self.conversation}
 
     def __repr__(self) -> str:
         size = f"{self.tokens:,} tokens, {self.memory.nbytes() / 2**20:,.1f} MiB"
