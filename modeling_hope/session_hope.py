@@ -294,6 +294,8 @@ class HopeSession:
         self, work: HopeCache, ids: list[int], options: dict[str, Any], stream: bool, running: ExitStack
     ) -> str | TextStream:
         """Generate after new tokens, in the work's memory, which then becomes the session's."""
+        if stream and options.get("streamer") is not None:
+            raise ValueError("`streamer`: with `stream=True` the session has its own. Leave out one of them.")
         width = max(len(ids), 1)  # without any, the token that waits
         # A mask over the history says that the ids are new, whatever they look like.
         mask = torch.ones(1, 1, dtype=torch.bool, device=self.model.device).expand(1, work.columns + width)

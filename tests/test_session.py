@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, TextStreamer
 from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.stopping_criteria import StoppingCriteria
 
@@ -121,6 +121,8 @@ def test_what_generate_refuses(session):
     ):
         with pytest.raises(ValueError, match=next(iter(options))):
             session.generate("w9", **options)
+    with pytest.raises(ValueError, match="streamer"):
+        session.generate("w9", stream=True, streamer=TextStreamer(session.tokenizer))
     assert stream_of(session) == []
     two = HopeCache(session.model.config, 2)
     with pytest.raises(ValueError, match="2 rows"):
