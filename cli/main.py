@@ -7,13 +7,13 @@ import sys
 
 from huggingface_hub.errors import StrictDataclassError
 
-from . import bench, convert, demo
+from . import bench, chat, convert, demo
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hope", description="Language models that learn while they read.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (demo, convert, bench):
+    for command in (demo, chat, convert, bench):
         command.add_to(commands)
     arguments = parser.parse_args(argv)
     try:
@@ -24,7 +24,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"hope: {message}", file=sys.stderr)
         return 2
     except ImportError as error:
-        print(f"hope: {error}. Install the extra: pip install 'hope-transformers[demo]'", file=sys.stderr)
+        extra = getattr(arguments, "extra", "demo")
+        print(f"hope: {error}. Install the extra: pip install 'hope-transformers[{extra}]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -12,6 +12,7 @@ from .auto_hope import (
     HopeForTokenClassification,
     HopeModel,
     HopePreTrainedModel,
+    HopeSession,
     consolidate,
 )
 
@@ -29,5 +30,6 @@ __all__ = [
     "HopeForTokenClassification",
     "HopeModel",
     "HopePreTrainedModel",
+    "HopeSession",
     "consolidate",
 ]

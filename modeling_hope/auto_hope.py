@@ -23,6 +23,7 @@ from .configuration_hope import HopeConfig
 from .consolidation import consolidate
 from .heads_hope import HopeForQuestionAnswering, HopeForSequenceClassification, HopeForTokenClassification
 from .modeling_hope import HopeForCausalLM, HopeModel, HopePreTrainedModel
+from .session_hope import HopeSession
 
 
 AUTO_CLASSES = {
@@ -49,5 +50,6 @@ __all__ = [
     "HopeForTokenClassification",
     "HopeModel",
     "HopePreTrainedModel",
+    "HopeSession",
     "consolidate",
 ]

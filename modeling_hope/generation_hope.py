@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from inspect import signature
@@ -56,10 +57,8 @@ class HopeGenerationMixin(GenerationMixin):
             As `GenerationMixin.generate`. The memory holds the returned sequences up to their last tokens, one row for
             each, after beam search too. When anything is raised it is as it was.
         """
-        learn = kwargs.pop("learn", None)
-        settings, _ = self._prepare_generation_config(generation_config, **kwargs)
-        learn = learn or getattr(settings, "learn", None) or ("prompt" if self._learns(None) else "off")
-        check_learn(learn)
+        settings, learn = self.settle(generation_config, kwargs)
+        kwargs.pop("learn", None)
         _refuse_assistance(settings, kwargs.get("assistant_model"))
         input_ids, memory, turn = self._told(inputs, kwargs, settings, learn)
 
@@ -104,6 +103,16 @@ class HopeGenerationMixin(GenerationMixin):
             return output
         output.past_key_values = memory
         return output if settings.return_dict_in_generate else sequences
+
+    def settle(
+        self: HopeForCausalLM, generation_config: GenerationConfig | None, options: Mapping[str, Any]
+    ) -> tuple[GenerationConfig, str]:
+        """The settings of a call of `generate()` with these options, and what it learns from."""
+        given = {name: value for name, value in options.items() if name != "learn"}
+        settings, _ = self._prepare_generation_config(generation_config, **given)
+        learn = options.get("learn") or getattr(settings, "learn", None) or ("prompt" if self._learns(None) else "off")
+        check_learn(learn)
+        return settings, learn
 
     def _told(
         self: HopeForCausalLM,

@@ -1,5 +1,9 @@
+import json
+
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from modeling_hope import HopeConfig, HopeForCausalLM
 
@@ -46,6 +50,40 @@ def tiny_model(seed=0, dtype=torch.float64, **fields):
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_tokenizer(template=CHATML, words=TINY["vocab_size"]):
+    """A token for each of `words` words, w9 and on, and those of a ChatML template; the last is what stop strings need."""
+    named = ["<pad>", "<s>", "<unk>", "<|im_start|>", "<|im_end|>", "\n", "system", "user", "assistant"]
+    added = [
+        {
+            "id": index,
+            "content": named[index],
+            "special": index < 5,
+            "normalized": False,
+            **dict.fromkeys(("single_word", "lstrip", "rstrip"), False),
+        }
+        for index in range(6)
+    ]
+    names = [*named, *(f"w{index}" for index in range(9, words - 1)), "abcdef"]
+    vocab = {word: index for index, word in enumerate(names)}
+    raw = {
+        "version": "1.0",
+        "added_tokens": added,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
+    }
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(raw)), bos_token="<s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def random_ids(*shape, seed=0, vocab_size=TINY["vocab_size"]):
