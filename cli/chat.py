@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeling_hope.chat_turns import ChatTurns
-from modeling_hope.generation_hope import LEARN
+from modeling_hope.turn import LEARN
 from modeling_hope.memory_files import DESCRIPTION_FILE
 
 

@@ -153,7 +153,8 @@ def run(arguments: argparse.Namespace) -> None:
     recalled = recall(out, prompt)
     same = recalled == answers["after reading, learning"]
     console.print(
-        f"A fresh process loaded {out / 'memory'} and answers {'the same, token for token' if same else 'DIFFERENTLY'}."
+        f"A fresh process loaded {out / 'memory'} and answers {'the same, token for token' if same else 'DIFFERENTLY'}.",
+        soft_wrap=True,
     )
     summary = {name: {"second_half": found.perplexity(0.5), "seconds": found.seconds} for name, found in rows.items()}
     result = {"document": title, "tokens": len(ids), "readings": summary, "gain": gain(rows), "memory_recalled": same}
