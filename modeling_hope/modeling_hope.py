@@ -318,12 +318,12 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         check_options(kwargs)
         wanted = wanted_outputs(self.config, output_hidden_states, output_attentions)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        learns = self._learns(learn) and bool(self.config.learning_levels)
+        learns = self._learns(learn)
         given = (
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
             idle_rows, labels, learn_mask, logits_to_keep,
         )  # fmt: skip
-        if past_key_values is None and not use_cache and not learns:
+        if past_key_values is None and not use_cache and not (learns and self.config.learning_levels):
             inputs = Inputs(self.config, *given)
             output = self._output(inputs, self.model.read_alone(inputs, *wanted), **kwargs)
         else:

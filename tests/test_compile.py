@@ -155,6 +155,11 @@ def test_layers_compiled_one_by_one_read_on_with_a_memory(fields):
     assert_same_memory(memory, expected)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [ATTENTION, MEMORY, pytest.param(HYBRID, marks=pytest.mark.slow)],
+    ids=["attention", "memory", "hybrid"],
+)
 def test_export_save_and_load(fields):
     model = tiny_model(**fields)
     rows = {0: torch.export.Dim.DYNAMIC}
