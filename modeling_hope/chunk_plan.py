@@ -85,8 +85,10 @@ class ChunkPlan:
     def ends(self, index: int, size: int, heads: int) -> bool | torch.Tensor:
         """Where a chunk of another size ends with this one: everywhere, nowhere, or `[batch times H, 1, 1, 1]` by row."""
         ends = [(begin // self.size + index + 1) * self.size % size == 0 for begin in self.span.begin]
-        if len(set(ends)) == 1:
-            return ends[0]
+        if all(ends):
+            return True
+        if not any(ends):
+            return False
         return self.by_head(torch.tensor(ends, device=self.span.device), heads)
 
     def by_head(self, rows: torch.Tensor, heads: int) -> torch.Tensor:

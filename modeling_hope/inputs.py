@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 
 from .cache_hope import HopeCache, check_memory
@@ -72,7 +74,7 @@ class Inputs:
                 f"`learn_mask` has shape {tuple(learn_mask.shape)}, the tokens {(self.batch, self.width)}: give one entry for each."
             )
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Real tokens of each row."""
         return self.packing.lengths(self.batch)

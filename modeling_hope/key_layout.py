@@ -165,15 +165,17 @@ class Block:
 
     def flex_mask(self, device: torch.device) -> BlockMask | None:
         """`mask` as flex attention takes it, to which none means that every query sees every key."""
-        dense, width = self.mask, self.stop - self.start
+        width, dense = self.stop - self.start, self.mask
+        assert not isinstance(dense, BlockMask)
         if dense is None:
             if width == 1:
                 return None
             dense = torch.ones(1, 1, width, width, dtype=torch.bool, device=device).tril()
         rows, _, _, keys = dense.shape
+        seen = dense[:, 0]
 
         def sees(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            return dense[row % rows, 0, query, key]
+            return seen[row % rows, query, key]
 
         return create_block_mask(sees, rows if rows > 1 else None, None, width, keys, device=device)
 

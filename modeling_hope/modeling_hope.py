@@ -227,6 +227,7 @@ class HopeModel(HopePreTrainedModel):
         return output
 
     def _output(self, inputs: Inputs, reading: Reading) -> BaseModelOutputWithPast:
+        assert reading.hidden is not None
         return BaseModelOutputWithPast(
             last_hidden_state=inputs.packing.unpack(reading.hidden),
             hidden_states=inputs.unpack_states(reading.hidden_states),
@@ -342,9 +343,15 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
                 an open segment from earlier calls is learned when the segment ends, whatever this call says.
             learn_mask: `[batch, width]`, 0 for tokens not to be learned from.
             idle_rows: accept rows that are all padding even if they have read nothing yet.
+            output_attentions: return the weights of the layers that attend, with attn_implementation="eager" where
+                nothing is learned: `[batch, heads, width, width]`, 0 out of a window's view and where padded. With a
+                memory that holds something: over the keys it kept, left-packed, and then the new ones.
 
         Returns:
             `loss`, `logits` `[batch, kept, vocab_size]` (zero where padded), and the memory.
+
+        With use_cache=False, no memory and nothing to learn, the call compiles into one graph and exports. What tensors
+        hold is not checked there, and `position_ids` are refused.
 
         Raises:
             ValueError: an input is impossible; nothing was read or learned.
@@ -354,10 +361,12 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         check_options(kwargs)
         wanted = wanted_outputs(self.config, output_hidden_states, output_attentions)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        learns = self._learns(learn) and bool(self.config.learning_levels)
-        given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-        given += (idle_rows, labels, learn_mask, logits_to_keep)
-        if past_key_values is None and not use_cache and not learns:
+        learns = self._learns(learn)
+        given = (
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
+            idle_rows, labels, learn_mask, logits_to_keep,
+        )  # fmt: skip
+        if past_key_values is None and not use_cache and not (learns and self.config.learning_levels):
             inputs = Inputs(self.config, *given)
             output = self._output(inputs, self.model.read_alone(inputs, *wanted), **kwargs)
         else:
@@ -408,6 +417,7 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
             if inputs.labels is not None:
                 loss = self._loss(packed, inputs.labels, packing, **kwargs)
         else:
+            assert reading.hidden is not None
             hidden = packing.unpack(reading.hidden)
             logits = self.lm_head(hidden[:, slice(-kept, None) if isinstance(kept, int) else kept])
         return CausalLMOutputWithPast(

@@ -48,7 +48,7 @@ def with_memory(read: F) -> F:
         with torch.inference_mode(False), torch.no_grad():
             return read(*args, **kwargs)
 
-    return torch.compiler.disable(wrapped, reason=NOT_COMPILED)  # type: ignore[return-value]
+    return torch.compiler.disable(wrapped, reason=NOT_COMPILED)
 
 
 class Run:
@@ -99,7 +99,8 @@ class Stream:
         self.lengths = inputs.lengths
         self.given = inputs.memory
         self.cache = HopeCache(model.config, self.batch) if self.given is None else self.given.clone()
-        self.ids, self.embeds = _usable(inputs.ids), _usable(inputs.embeds)
+        self.ids = None if inputs.ids is None else _usable(inputs.ids)
+        self.embeds = None if inputs.embeds is None else _usable(inputs.embeds)
         for row, record in enumerate(self.cache.rows):
             if record.ids.device != inputs.device:
                 self.cache.rows[row] = replace(record, ids=record.ids.to(inputs.device))
@@ -124,7 +125,7 @@ class Stream:
         if learn_mask is None:
             self.coming = [torch.ones_like(coming) for coming in self.coming]
             return
-        packed = _usable(self.packing.pack(learn_mask)).bool().cpu()
+        packed = self.packing.pack(_usable(learn_mask)).bool().cpu()
         self.coming = [packed[row, :length] for row, length in enumerate(self.lengths)]
 
     @property
@@ -389,9 +390,9 @@ class Stream:
             self.offsets[row] = offset + length
 
 
-def _usable(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def _usable(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that a memory may keep: one made in inference mode can never take part in a gradient."""
-    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _reentrant(model: HopeModel) -> bool:
