@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeling_hope.chat_turns import ChatTurns
-from modeling_hope.turn import LEARN
 from modeling_hope.memory_files import DESCRIPTION_FILE
+from modeling_hope.turn import LEARN
 
 
 if TYPE_CHECKING:
