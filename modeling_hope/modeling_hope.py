@@ -192,19 +192,19 @@ class HopeModel(HopePreTrainedModel):
         embeds = inputs.embeds if inputs.ids is None else self.embed_tokens(inputs.ids)
         assert embeds is not None
         width = embeds.shape[1]
-        reading = Reading(hidden_states=[] if hidden_states else None, attentions=[] if attentions else None)
+        layers: list[torch.Tensor] | None = [] if hidden_states else None
+        weights: list[torch.Tensor] | None = [] if attentions else None
         span = Span([0], [width], width, embeds.device)
-        states: list[MixerState | None] = [None] * len(self.layers)
-        reading.hidden, _ = self.run(
+        hidden, _ = self.run(
             embeds,
             span,
-            states,
+            [None] * len(self.layers),
             weights=None,
             keep_states=False,
-            hidden_states=reading.hidden_states,
-            attentions=reading.attentions,
+            hidden_states=layers,
+            attentions=weights,
         )
-        return reading
+        return Reading(hidden, None, layers, weights)
 
     @with_memory
     def _read_on(self, given: tuple[Any, ...], hidden_states: bool, attentions: bool) -> BaseModelOutputWithPast:
