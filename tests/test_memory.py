@@ -40,7 +40,7 @@ def read(mixer, x, state=None, begin=None, lengths=None):
     """Output and new state of rows `x`, `[batch, width, hidden_size]`."""
     batch, width = x.shape[:2]
     span = Span(begin or [0] * batch, lengths or [width] * batch, width, x.device)
-    out, state, _ = mixer(x, state, span, None, None, True)
+    out, state, _ = mixer(x, state, span, None, True)
     return out, state
 
 
