@@ -176,6 +176,8 @@ def _read_tensors(path: Path, description: dict[str, Any]) -> dict[str, torch.Te
     except FileNotFoundError:
         raise
     except (OSError, SafetensorError, RuntimeError, OverflowError) as error:
+        if not path.exists():  # replaced while it was being opened
+            raise FileNotFoundError(path) from error
         raise _damaged(path, str(error)) from error
     for digest, name in names.items():
         if tensor_digest(stored[name]) != digest:

@@ -227,7 +227,7 @@ def test_8_what_cannot_be_right_is_refused():
     with pytest.raises(ValueError, match="cannot be cropped"):
         memory.crop(-1)
     assert not memory.is_croppable
-    with pytest.raises(ValueError, match="stateful"):
+    with pytest.raises(ValueError, match="assisted generation"):
         model.generate(ids, assistant_model=model, max_new_tokens=2)
-    with pytest.raises(ValueError, match="stateful"):
+    with pytest.raises(ValueError, match="assisted generation"):
         model.generate(ids, prompt_lookup_num_tokens=2, max_new_tokens=2)
