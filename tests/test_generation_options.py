@@ -16,7 +16,7 @@ from transformers import (
     pipeline,
 )
 
-from modeling_hope import HopeCache, HopeForCausalLM
+from modeling_hope import HopeCache, HopeForCausalLM, HopeSession
 
 from .conftest import FAMILIES, TINY, assert_same_memory, random_ids, tiny_model
 
@@ -263,6 +263,9 @@ def test_pipeline(model, tokenizer):
     # The memory goes on, with new words only or with the whole conversation.
     onward = [said(text, past_key_values=memory.clone()) for text in ("more", f"{prompt}{answer}more")]
     assert onward[0] == onward[1]
+    session = HopeSession(model, tokenizer)
+    assert session.generate(prompt, max_new_tokens=5, do_sample=False, learn="all") == answer
+    assert said("more", past_key_values=session.memory) == onward[0] and session.tokens == 20
     batch = generate([prompt, "why"], batch_size=2, **options)
     assert [out[0]["generated_text"] for out in batch] == [said(prompt), said("why")]
     # A chat, with all its messages in each call, as pipelines take it.
