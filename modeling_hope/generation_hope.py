@@ -57,9 +57,13 @@ class HopeGenerationMixin(GenerationMixin):
             As `GenerationMixin.generate`. The memory holds the returned sequences up to their last tokens, one row for
             each, after beam search too. When anything is raised it is as it was.
         """
-        settings, learn = self.settle(generation_config, kwargs)
+        settings, learn = self._settle(generation_config, kwargs)
         kwargs.pop("learn", None)
         _refuse_assistance(settings, kwargs.get("assistant_model"))
+        if settings.token_healing:
+            raise ValueError("`token_healing` changes a prompt that the memory may have read already. Leave it out.")
+        if settings.prefill_chunk_size is not None and settings.prefill_chunk_size < 1:
+            raise ValueError(f"`prefill_chunk_size` must be at least 1, got {settings.prefill_chunk_size}.")
         input_ids, memory, turn = self._told(inputs, kwargs, settings, learn)
 
         beams = settings.num_beams or 1
@@ -70,7 +74,8 @@ class HopeGenerationMixin(GenerationMixin):
         shared = copies > 1 and not (settings.output_hidden_states or settings.output_attentions)
         if work is not None and (shared or chunk):
             self._read_ahead(work, turn, chunk)
-        before, last_of_prompt = None if work is None else work.clone(), replace(turn)
+        before = None if work is None else work.clone()
+        last_of_prompt = replace(turn)
         if work is not None:
             work.batch_repeat_interleave(copies)
             kwargs["past_key_values"] = work
@@ -97,20 +102,24 @@ class HopeGenerationMixin(GenerationMixin):
                 words = [row[start : start + length] for row, length in zip(sequences, lengths, strict=True)]
                 work = self._read_words(before, last_of_prompt, words)
             else:
-                _leave_pending(work, turn, sequences)
+                _leave_pending(work, turn, sequences, settings.pad_token_id or 0)
             memory.assign(work)
         if isinstance(output, torch.Tensor):
             return output
         output.past_key_values = memory
         return output if settings.return_dict_in_generate else sequences
 
-    def settle(
+    def _settle(
         self: HopeForCausalLM, generation_config: GenerationConfig | None, options: Mapping[str, Any]
     ) -> tuple[GenerationConfig, str]:
         """The settings of a call of `generate()` with these options, and what it learns from."""
         given = {name: value for name, value in options.items() if name != "learn"}
         settings, _ = self._prepare_generation_config(generation_config, **given)
-        learn = options.get("learn") or getattr(settings, "learn", None) or ("prompt" if self._learns(None) else "off")
+        learn = options.get("learn")
+        if learn is None:
+            learn = getattr(settings, "learn", None)
+        if learn is None:
+            learn = "prompt" if self._learns(None) else "off"
         check_learn(learn)
         return settings, learn
 
@@ -132,9 +141,13 @@ class HopeGenerationMixin(GenerationMixin):
         own_words = input_ids is None and embeds is None  # the prompt is the token that waits, or a start token
         if embeds is None:
             input_ids = _prompt(input_ids, given, settings.bos_token_id, self.device)
-        use_cache = embeds is not None or settings.use_cache is not False
+        use_cache = settings.use_cache is not False
         if given is not None and not use_cache:
             raise ValueError("`use_cache=False` leaves `past_key_values` unread: leave out one of them.")
+        if embeds is not None and not use_cache:
+            raise ValueError(
+                "`use_cache=False` reads ids again at every step, and `inputs_embeds` are none: leave it out."
+            )
         prompt = input_ids if input_ids is not None else embeds
         assert prompt is not None
         memory = HopeCache(self.config, len(prompt), offloading) if given is None else given
@@ -142,7 +155,7 @@ class HopeGenerationMixin(GenerationMixin):
         mask = kwargs.pop("attention_mask", None)
         if mask is None and input_ids is not None and not own_words:
             mask = _mask_of_pads(input_ids, settings.pad_token_id, settings.eos_token_id)
-        turn = new_turn(memory, input_ids, embeds, mask, learn, own_words)
+        turn = new_turn(memory, input_ids, embeds, mask, kwargs.pop("learn_mask", None), learn, own_words)
         return input_ids, memory if use_cache else None, turn
 
     def _check_cache_implementation(self, name: str | None, given: Any) -> bool:
@@ -252,11 +265,13 @@ class HopeGenerationMixin(GenerationMixin):
         )
 
 
-def _leave_pending(memory: HopeCache, turn: Turn, sequences: torch.Tensor) -> None:
-    """Note each row's last token, which is sampled and not read."""
+def _leave_pending(memory: HopeCache, turn: Turn, sequences: torch.Tensor, pad: int) -> None:
+    """Note each row's last token, which is sampled and not read; what the loop wrote after it gives way to pads."""
     assert turn.last is not None, "This version of Transformers makes its stopping criteria elsewhere."
     for row, column in enumerate(turn.last.tolist()):
         memory.rows[row] = replace(memory.rows[row], pending=int(sequences[row, column]))
+        # Without an end-of-sequence token the loop goes on sampling for rows that other criteria have ended.
+        sequences[row, column + 1 :] = pad
 
 
 def _refuse_assistance(settings: GenerationConfig, assistant_model: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from .cache_hope import HopeCache
@@ -27,7 +28,7 @@ class Turn:
         ids: new tokens, right-aligned, `[rows, new]` int64; `None` where the prompt is `embeds`.
         embeds: `[rows, new, hidden_size]`.
         mask: `[rows, new]` bool, the real ones.
-        told: `[rows, new]` bool, those that the model is told; the others are its own words.
+        marked: `[rows, new]` bool, those to be learned from.
         learn: `"all"`, `"prompt"` or `"off"`.
         width: columns of the ids that were handed to `generate()`.
         done: `[rows]` bool, rows that have finished.
@@ -37,7 +38,7 @@ class Turn:
     ids: torch.Tensor | None
     embeds: torch.Tensor | None
     mask: torch.Tensor
-    told: torch.Tensor
+    marked: torch.Tensor
     learn: str
     width: int
     done: torch.Tensor | None = None
@@ -55,7 +56,7 @@ class Turn:
             "inputs_embeds": None if self.embeds is None else self.embeds[:, start:stop],
             "attention_mask": self.mask[:, start:stop],
             "learn": self.learn,
-            "learn_mask": None if self.learn == "all" else self.told[:, start:stop],
+            "learn_mask": self.marked[:, start:stop],
         }
 
     def next_inputs(self, input_ids: torch.Tensor) -> dict[str, Any]:
@@ -74,20 +75,20 @@ class Turn:
             "input_ids": torch.cat([self.ids, sampled], 1),
             "attention_mask": torch.cat([self.mask, torch.ones_like(own)], 1),
             "learn": self.learn,
-            "learn_mask": torch.cat([self.told, own], 1),
+            "learn_mask": torch.cat([self.marked, own], 1),
         }
 
     def skip(self, columns: int) -> None:
         """Leave out columns that were read already."""
         self.ids = None if self.ids is None else self.ids[:, columns:]
         self.embeds = None if self.embeds is None else self.embeds[:, columns:]
-        self.mask, self.told = self.mask[:, columns:], self.told[:, columns:]
+        self.mask, self.marked = self.mask[:, columns:], self.marked[:, columns:]
 
     def expand(self, copies: int) -> None:
         if copies > 1:
             self.ids = None if self.ids is None else self.ids.repeat_interleave(copies, 0)
             self.embeds = None if self.embeds is None else self.embeds.repeat_interleave(copies, 0)
-            self.mask, self.told = self.mask.repeat_interleave(copies, 0), self.told.repeat_interleave(copies, 0)
+            self.mask, self.marked = self.mask.repeat_interleave(copies, 0), self.marked.repeat_interleave(copies, 0)
 
     def note(self, done: torch.Tensor, columns: int) -> None:
         """Note which rows a step of the sampling loop has finished."""
@@ -131,6 +132,7 @@ def new_turn(
     input_ids: torch.Tensor | None,
     embeds: torch.Tensor | None,
     mask: torch.Tensor | None,
+    learn_mask: torch.Tensor | None,
     learn: str,
     own_words: bool = False,
 ) -> Turn:
@@ -142,26 +144,37 @@ def new_turn(
     """
     inputs = input_ids if input_ids is not None else embeds
     assert inputs is not None
+    width = inputs.shape[1]
     real, covers_history = _real(memory, inputs, mask)
+    if learn_mask is None:
+        learn_mask = torch.ones_like(real)
+    elif learn_mask.shape != real.shape:
+        raise ValueError(
+            f"`learn_mask` has shape {tuple(learn_mask.shape)}, the prompt {tuple(real.shape)}: give one entry for each token."
+        )
+    rows = [row[keep] for row, keep in zip(inputs, real, strict=True)]
+    marked = [row[keep].bool() for row, keep in zip(learn_mask.to(real.device), real, strict=True)]
     if input_ids is None:
         if any(record.pending is not None for record in memory.rows):
             raise ValueError(
                 "`inputs_embeds` cannot follow a memory whose last sampled token is not read yet: give `input_ids`, or read "
                 "that token first, with forward()."
             )
-        return Turn(None, inputs, real, real, learn, inputs.shape[1])
-    rows = [ids[keep] for ids, keep in zip(input_ids, real, strict=True)]
-    is_history = not covers_history and _is_history(memory, rows, own_words)
-    told = []
+        given, present = right_aligned(rows)
+        return Turn(None, given, present, right_aligned(marked)[0], learn, width)
+    is_history = not covers_history and not own_words and _is_history(memory, rows)
     for index, record in enumerate(memory.rows):
         own = record.pending is not None
         if is_history:
             rows[index] = _after_history(rows[index], record.seen, record.pending, index)
+            marked[index] = marked[index][record.seen :]
         elif own and not own_words:
             rows[index] = F.pad(rows[index], (1, 0), value=record.pending)
-        told.append(torch.arange(len(rows[index]), device=inputs.device) >= int(own))
+            marked[index] = F.pad(marked[index], (1, 0), value=True)
+        if own and learn != "all":
+            marked[index] = F.pad(marked[index][1:], (1, 0), value=False)
     ids, present = right_aligned(rows)
-    return Turn(ids, None, present, right_aligned(told)[0], learn, inputs.shape[1])
+    return Turn(ids, None, present, right_aligned(marked)[0], learn, width)
 
 
 def _real(memory: HopeCache, inputs: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, bool]:
@@ -183,22 +196,25 @@ def _real(memory: HopeCache, inputs: torch.Tensor, mask: torch.Tensor | None) ->
     return real, mask.shape[1] != width
 
 
-def _is_history(memory: HopeCache, rows: list[torch.Tensor], own_words: bool) -> bool:
+def _is_history(memory: HopeCache, rows: list[torch.Tensor]) -> bool:
     """Whether the rows begin with all that the memory has read; `ValueError` where some do, or almost."""
-    if not any(memory.seen):
+    repeats = {
+        index: _begins_with(ids, record.ids)
+        for index, (ids, record) in enumerate(zip(rows, memory.rows, strict=True))
+        if record.seen  # a row that has read nothing begins with nothing, and tells nothing
+    }
+    if not any(repeats.values()):
+        for index in repeats:
+            _refuse_half_history(rows[index], memory.rows[index].ids, index)
         return False
-    repeats = [_begins_with(ids, record.ids) for ids, record in zip(rows, memory.rows, strict=True)]
-    if all(repeats):
-        return True
-    if any(repeats):
+    odd = [index for index, repeated in repeats.items() if not repeated]
+    if odd:
+        same = next(index for index, repeated in repeats.items() if repeated)
         raise ValueError(
-            f"`input_ids` row {repeats.index(True)} repeats what its memory has read and row {repeats.index(False)} does "
-            "not: give all rows their history, or all rows new tokens only."
+            f"`input_ids` row {same} repeats what its memory has read and row {odd[0]} does not: give all rows their history, "
+            "or all rows new tokens only."
         )
-    if not own_words:
-        for index, (ids, record) in enumerate(zip(rows, memory.rows, strict=True)):
-            _refuse_half_history(ids, record.ids, index)
-    return False
+    return True
 
 
 def _begins_with(ids: torch.Tensor, read: torch.Tensor) -> bool:
@@ -235,8 +251,8 @@ def _after_history(ids: torch.Tensor, seen: int, pending: int | None, row: int) 
 
 
 def right_aligned(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of different lengths as `[rows, longest]`, padded on the left, and which entries are real."""
-    width = max(len(row) for row in rows)
-    whole = torch.stack([F.pad(row, (width - len(row), 0)) for row in rows])
-    real = torch.stack([F.pad(torch.ones_like(row, dtype=torch.bool), (width - len(row), 0)) for row in rows])
-    return whole, real
+    """Rows of different lengths as `[rows, longest, ...]`, padded on the left, and which entries are real, `[rows, longest]`."""
+    whole = pad_sequence(rows, batch_first=True, padding_side="left")
+    lengths = torch.tensor([len(row) for row in rows], device=whole.device)
+    width = whole.shape[1]
+    return whole, torch.arange(width, device=whole.device) >= width - lengths[:, None]

@@ -94,13 +94,12 @@ def assert_same_memory(memory, other, rtol=None, atol=None):
     """Same tensors, up to rounding (`atol` in parts of a tensor's largest entry above 1), and the same records."""
     ours, theirs = memory.tensors(), other.tensors()
     assert ours.keys() == theirs.keys()
-    for name in ours:
-        largest = (
-            float(theirs[name].abs().max()) if atol and theirs[name].is_floating_point() and len(theirs[name]) else 0
-        )
-        near = None if atol is None else atol * max(largest, 1.0)
+    for name, tensor in theirs.items():
+        near = atol
+        if atol and tensor.is_floating_point() and tensor.numel():
+            near = atol * max(float(tensor.abs().max()), 1.0)
         torch.testing.assert_close(
-            ours[name], theirs[name], rtol=rtol, atol=near, msg=lambda text, name=name: f"{name}: {text}"
+            ours[name], tensor, rtol=rtol, atol=near, msg=lambda text, name=name: f"{name}: {text}"
         )
     for row, other_row in zip(memory.rows, other.rows, strict=True):
         for field in ("pairs", "updates", "segments", "skipped", "nonfinite", "pending"):

@@ -1,6 +1,7 @@
 """The options of generate(), as people call it; those that cannot be right are refused by name."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -228,9 +229,71 @@ def test_what_would_need_forgetting_is_refused(model):
     for call in (model.generate_batch, model.init_continuous_batching):
         with pytest.raises(NotImplementedError, match="Continuous batching"):
             call([[1, 2]])
+    for option in ({"token_healing": True}, {"prefill_chunk_size": 0}, {"learn": False}):
+        with pytest.raises(ValueError, match=next(iter(option))):
+            model.generate(prompt, max_new_tokens=3, past_key_values=memory, **option)
+    with pytest.raises(ValueError, match="inputs_embeds"):
+        model.generate(inputs_embeds=torch.zeros(1, 2, 16), use_cache=False, max_new_tokens=2)
     with pytest.raises(ValueError, match="position_ids"):
         model.generate(prompt, position_ids=torch.arange(9)[None], max_new_tokens=3)
     assert memory.seen == [0]
+
+
+def test_marked_tokens_of_the_prompt(model):
+    """`learn_mask` says which tokens of the prompt are learned from, whether they are new or follow the history."""
+    prompt, mark, options = random_ids(1, 12), torch.rand(1, 12) < 0.5, {"max_new_tokens": 3, "do_sample": False}
+    for learn in ("prompt", "all"):
+        memory, expected = HopeCache(model.config), HopeCache(model.config)
+        said = model.generate(prompt, learn_mask=mark, learn=learn, past_key_values=memory, **options)
+        with torch.no_grad():
+            model(prompt, learn_mask=mark, learn="all", past_key_values=expected)
+            model(said[:, 12:-1], learn="all" if learn == "all" else "off", past_key_values=expected)
+        expected.rows[0] = replace(expected.rows[0], pending=int(said[0, -1]))
+        assert_same_memory(memory, expected, **TOLERANCE)
+        again = torch.cat([said, random_ids(1, 6, seed=3)], 1)
+        none = torch.zeros_like(again)
+        model.generate(again, learn_mask=none, learn=learn, past_key_values=memory, **options)
+        assert not memory.rows[0].learn.any() or learn == "all"
+    with pytest.raises(ValueError, match="learn_mask"):
+        model.generate(prompt, learn_mask=mark[:, 1:], **options)
+
+
+def test_padded_embeddings(model):
+    embeds = model.get_input_embeddings()(random_ids(2, 5)).detach()
+    mask, options = torch.tensor([[1, 1, 1, 0, 0], [1] * 5]), {"max_new_tokens": 4, "do_sample": False}
+    for more in ({}, {"num_beams": 2}, {"prefill_chunk_size": 2}):
+        found = model.generate(inputs_embeds=embeds, attention_mask=mask, **options, **more).tolist()
+        for row in range(2):
+            alone = model.generate(inputs_embeds=embeds[[row]][:, mask[row] > 0], **options, **more)
+            assert found[row] == alone[0].tolist()
+
+
+def test_rows_that_other_criteria_end_get_pads(model, tokenizer):
+    ids, options = random_ids(2, 5).clamp(min=1), {"max_new_tokens": 9, "do_sample": False}
+    free = [tokenizer.decode(row) for row in model.generate(ids, **options)[:, 5:]]
+    stops = {"stop_strings": [free[0][3]], "tokenizer": tokenizer, "pad_token_id": 39}
+    memory = HopeCache(model.config, 2)
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=memory, **options, **stops)[:, 5:]
+    for row in range(2):
+        said = free[row][: free[row].index(free[0][3]) + 1] if free[0][3] in free[row] else free[row]
+        width = found.shape[1]
+        assert found[row].tolist() == tokenizer(said).input_ids[:width] + [39] * (width - len(said))
+        assert memory.rows[row].pending == tokenizer(said).input_ids[-1]
+
+
+def test_a_row_that_has_read_nothing_takes_new_tokens_too(model):
+    memory, ids = HopeCache(model.config, 2), random_ids(2, 6)
+    with torch.no_grad():
+        model(ids, attention_mask=torch.tensor([[1] * 6, [0] * 6]), past_key_values=memory, idle_rows=True)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    found = model.generate(random_ids(2, 3, seed=2), past_key_values=memory, **options)
+    alone = model.generate(random_ids(2, 3, seed=2)[1:], **options)
+    assert found[1].tolist() == alone[0].tolist() and memory.seen == [12, 6]
+    # One token read, and the same one waiting.
+    memory = HopeCache(model.config)
+    token = model.generate(torch.tensor([[6]]), max_new_tokens=1, do_sample=False, past_key_values=memory)[0, -1]
+    memory.rows[0] = replace(memory.rows[0], pending=6)
+    assert model.generate(past_key_values=memory, max_new_tokens=1, do_sample=False).shape == (1, 2) and token >= 0
 
 
 def test_guidance_learns_nothing_from_what_it_compares_with(model):
