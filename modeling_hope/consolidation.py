@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from .cache_hope import HopeCache, check_memory
 from .fast_weights import LEARNED_MAPS, Tensors
-from .memory_checks import weight_sample
+from .memory_checks import hope_decoder, same_weights, weight_sample
 from .slow_weights import is_linear
 
 
@@ -23,14 +23,14 @@ logger = logging.get_logger(__name__)
 LOSS_WORTH_A_WARNING = 0.01
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def consolidate(
     model: HopeForCausalLM,
     memories: HopeCache | Sequence[HopeCache],
     *,
-    levels: Sequence[int] | None = None,
-    strength: float | Sequence[float] = 1.0,
-    weights: Sequence[float] | None = None,
+    strength: float | Mapping[int, float] = 1.0,
+    memory_weights: Sequence[float] | None = None,
 ) -> HopeForCausalLM:
     """
     Write what memories have learned into the slow weights of a copy of their model: `W + strength * mean(change)`.
@@ -42,9 +42,9 @@ def consolidate(
     Args:
         model: the model that the memories belong to; it stays as it is.
         memories: one memory or several; every row of each counts as one.
-        levels: indices into `config.cms_periods` of the levels to write; unset, all of them.
-        strength: how much of the change to write, for all these levels or one number for each.
-        weights: of the rows in their mean, in order; they are divided by their sum. Unset: all alike.
+        strength: how much of the change to write; by level (an index into `config.cms_periods`) where it is a mapping,
+            and then nothing of the levels that it leaves out.
+        memory_weights: of the rows in their mean, in order; they are divided by their sum. Unset: all alike.
 
     Returns:
         The copy, on the model's device and in its dtype.
@@ -54,16 +54,9 @@ def consolidate(
             cannot be added to (quantized, adapted or offloaded).
     """
     given = [memories] if isinstance(memories, HopeCache) else list(memories)
-    for memory in given:
-        check_memory(memory, model.config)
-        owner = memory.model()
-        if owner is not None and not torch.equal(weight_sample(owner), weight_sample(model)):
-            raise ValueError(
-                "`memories` were learned with other weights than `model` has: consolidate them into the model that learned them."
-            )
-    rows = [(memory, row) for memory in given for row in range(memory.batch_size)]
-    shares = _shares(weights, len(rows))
-    strengths = _strengths(levels, strength, len(model.config.cms_periods))
+    rows = _rows(model, given)
+    shares = _shares(memory_weights, len(rows))
+    strengths = _strengths(strength, len(model.config.cms_periods))
     _check_slow_weights(model, strengths)
 
     consolidated = copy.deepcopy(model)
@@ -82,10 +75,26 @@ def consolidate(
                 weight.copy_(written)
     if lost > LOSS_WORTH_A_WARNING**2 * wanted:
         logger.warning(
-            f"Rounding to {model.dtype} lost {(lost / wanted) ** 0.5:.1%} of the change (by norm): consolidate into a copy "
-            "in float32, `model.float()`, to keep it."
+            f"Rounding to {model.dtype} lost {(lost / wanted) ** 0.5:.1%} of the change (by norm): load the model in float32 "
+            "to consolidate into it."
         )
     return consolidated
+
+
+def _rows(model: HopeForCausalLM, memories: list[HopeCache]) -> list[tuple[HopeCache, int]]:
+    """Every row of the memories, which have to be of this model."""
+    own = None
+    for memory in memories:
+        check_memory(memory, model.config)
+        owner = memory.model()
+        if owner is None or owner is model:
+            continue
+        own = weight_sample(model) if own is None else own
+        if not same_weights(weight_sample(owner), own, str(owner.dtype), model.dtype):
+            raise ValueError(
+                "`memories` were learned with other weights than `model` has: consolidate them into the model that learned them."
+            )
+    return [(memory, row) for memory in memories for row in range(memory.batch_size)]
 
 
 def _shares(weights: Sequence[float] | None, rows: int) -> list[float]:
@@ -94,30 +103,27 @@ def _shares(weights: Sequence[float] | None, rows: int) -> list[float]:
     if weights is None:
         return [1 / rows] * rows
     if len(weights) != rows:
-        raise ValueError(f"`weights` has {len(weights)} entries for {rows} rows of `memories`: give one for each.")
+        raise ValueError(
+            f"`memory_weights` has {len(weights)} entries for {rows} rows of `memories`: give one for each."
+        )
     total = sum(weights)
     if not all(weight >= 0 for weight in weights) or not 0 < total < float("inf"):
-        raise ValueError(f"`weights` must be 0 or more and not all 0, got {list(weights)}.")
+        raise ValueError(f"`memory_weights` must be 0 or more and not all 0, got {list(weights)}.")
     return [weight / total for weight in weights]
 
 
-def _strengths(levels: Sequence[int] | None, strength: float | Sequence[float], count: int) -> dict[int, float]:
+def _strengths(strength: float | Mapping[int, float], count: int) -> dict[int, float]:
     """By level, how much of its change is written."""
-    chosen = list(range(count)) if levels is None else list(levels)
-    if not chosen or len(set(chosen)) != len(chosen) or not all(0 <= level < count for level in chosen):
-        raise ValueError(f"`levels` must be different numbers between 0 and {count - 1}, got {chosen}.")
-    each = list(strength) if isinstance(strength, Sequence) else [strength] * len(chosen)
-    if len(each) != len(chosen):
-        raise ValueError(
-            f"`strength` has {len(each)} entries for {len(chosen)} levels: give one number, or one for each."
-        )
-    if not all(abs(force) < float("inf") for force in each):
-        raise ValueError(f"`strength` must be finite, got {strength}.")
-    return dict(zip(chosen, each, strict=True))
+    each = dict(strength) if isinstance(strength, Mapping) else dict.fromkeys(range(count), strength)
+    if not each or not each.keys() <= set(range(count)):
+        raise ValueError(f"`strength` must name levels between 0 and {count - 1}, got {list(each)}.")
+    if not all(isinstance(force, int | float) and abs(force) < float("inf") for force in each.values()):
+        raise ValueError(f"`strength` must be a finite number, or one for each level, got {strength}.")
+    return each
 
 
 def _check_slow_weights(model: HopeForCausalLM, levels: dict[int, float]) -> None:
-    for index, layer in enumerate(model.model.layers):
+    for index, layer in enumerate(hope_decoder(model).layers):
         for level in set(levels) & set(layer.cms.held):
             for name in LEARNED_MAPS[model.config.cms_fast_weights]:
                 module = getattr(layer.cms.level(level), name)

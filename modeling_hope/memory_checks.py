@@ -263,13 +263,17 @@ def weight_sample(model: Any) -> torch.Tensor:
 def check_weights(sample: torch.Tensor, dtype: str, model: Any) -> None:
     """Raise `ValueError` unless the sample is of this model's weights, as they are or cast from or to `dtype`."""
     own = weight_sample(model)
-    fits = sample.dtype == own.dtype and sample.shape == own.shape
-    if fits and dtype == str(model.dtype):
-        # What a model of low precision holds in float32 may have been cast since.
-        fits = torch.equal(sample.to(model.dtype), own.to(model.dtype))
-    elif fits:
-        # A cast rounds, to bfloat16 by at most 2**-9. A hash of rounded numbers would not do: a cast to float16 on the
-        # way may round to another bfloat16 than none.
-        fits = torch.allclose(sample, own, rtol=2**-8, atol=1e-6)
-    if not fits:
+    if sample.dtype != own.dtype or not same_weights(sample, own, dtype, model.dtype):
         raise ValueError("it belongs to another model, of the same shape and other weights (adapters count)")
+
+
+def same_weights(sample: torch.Tensor, own: torch.Tensor, dtype: str, own_dtype: torch.dtype) -> bool:
+    """Whether two samples are of one model's weights, in these dtypes."""
+    if sample.shape != own.shape:
+        return False
+    if dtype == str(own_dtype):
+        # What a model of low precision holds in float32 may have been cast since.
+        return torch.equal(sample.to(own_dtype), own.to(own_dtype))
+    # A cast rounds, to bfloat16 by at most 2**-9. A hash of rounded numbers would not do: a cast to float16 on the way
+    # may round to another bfloat16 than none.
+    return torch.allclose(sample, own, rtol=2**-8, atol=1e-6)

@@ -58,6 +58,13 @@ def test_one_memory_at_strength_1_gives_its_logits(family, dtype, fields, tmp_pa
         consolidate(consolidated, memory)
 
 
+def test_under_inference_mode_it_makes_a_model_that_learns(family):
+    model = tiny_model()
+    with torch.inference_mode():
+        grown = consolidate(model, memory_of(model, 1))
+    assert memory_of(grown, 2).rows[0].segments > 0
+
+
 def test_levels_strengths_and_weighted_means(family):
     model = tiny_model()
     memories = [memory_of(model, seed) for seed in (1, 2, 3)]
@@ -73,9 +80,9 @@ def test_levels_strengths_and_weighted_means(family):
     tolerance = {"rtol": 1e-9, "atol": 1e-12}
     torch.testing.assert_close(written(0), mean(0, [1 / 3] * 3), **tolerance)
     torch.testing.assert_close(written(0, strength=0.25), mean(0, [1 / 12] * 3), **tolerance)
-    torch.testing.assert_close(written(1, strength=[0.5, -1], levels=[0, 1]), -mean(1, [1 / 3] * 3), **tolerance)
-    torch.testing.assert_close(written(0, weights=[2, 0, 6]), mean(0, [0.25, 0, 0.75]), **tolerance)
-    assert not written(1, levels=[0]).any() and written(0, levels=[0]).any()
+    torch.testing.assert_close(written(1, strength={0: 0.5, 1: -1}), -mean(1, [1 / 3] * 3), **tolerance)
+    torch.testing.assert_close(written(0, memory_weights=[2, 0, 6]), mean(0, [0.25, 0, 0.75]), **tolerance)
+    assert not written(1, strength={0: 1}).any() and written(0, strength={0: 1}).any()
     # Rows of one memory count as memories; one that has learned nothing counts too.
     pair = HopeCache(model.config, 2)
     with torch.no_grad():
@@ -90,14 +97,12 @@ def test_what_cannot_be_is_refused(family):
     model = tiny_model()
     memory = memory_of(model, 1)
     for kwargs, named in (
-        ({"levels": [3]}, "levels"),
-        ({"levels": []}, "levels"),
-        ({"levels": [0, 0]}, "levels"),
-        ({"strength": [1.0]}, "strength"),
+        ({"strength": {3: 1.0}}, "strength"),
+        ({"strength": {}}, "strength"),
         ({"strength": float("nan")}, "strength"),
-        ({"weights": [1, 1]}, "weights"),
-        ({"weights": [0]}, "weights"),
-        ({"weights": [-1.0]}, "weights"),
+        ({"memory_weights": [1, 1]}, "memory_weights"),
+        ({"memory_weights": [0]}, "memory_weights"),
+        ({"memory_weights": [-1.0]}, "memory_weights"),
     ):
         with pytest.raises(ValueError, match=f"`{named}`"):
             consolidate(model, memory, **kwargs)
@@ -107,6 +112,8 @@ def test_what_cannot_be_is_refused(family):
         consolidate(tiny_model(cms_periods=[4, 12, None]), memory)
     with pytest.raises(ValueError, match="other weights"):
         consolidate(tiny_model(seed=1), memory)
+    # A cast is the same model; what was learned in float64 may be consolidated into it.
+    assert consolidate(tiny_model().float(), memory).dtype == torch.float32
     adapted = tiny_model()
     adapted.model.layers[1].cms.level(0).up_proj = torch.nn.Sequential(adapted.model.layers[1].cms.level(0).up_proj)
     with pytest.raises(ValueError, match=r"layers\.1.*Sequential"):
