@@ -8,13 +8,14 @@ loaded when the conversation is taken up again. Ctrl-C stops an answer, Ctrl-D e
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeling_hope.chat_turns import ChatTurns
-from modeling_hope.memory_files import DESCRIPTION_FILE
+from modeling_hope.memory_files import DESCRIPTION_FILE, STAGING, TENSORS_FILE
 from modeling_hope.turn import LEARN
 
 
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from modeling_hope import HopeSession
 
 
-# How the names of files begin that a save has made and not finished.
-LEFTOVERS = (".", "memory-")
+# Names of what a save has made and not finished.
+LEFTOVERS = (STAGING, TENSORS_FILE)
 # What goes wrong in a conversation and does not end it.
 ERRORS = (ValueError, TypeError, OSError, RuntimeError)
 
@@ -89,6 +90,10 @@ def run(arguments: argparse.Namespace) -> None:
         session = HopeSession.load(arguments.memory, model, tokenizer) if kept else HopeSession(model, tokenizer)
     if bars:
         logging.enable_progress_bar()
+    if sys.stdin is None:
+        raise ValueError("there is no standard input to read from.")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     Conversation(session, console, arguments).run()
 
 
@@ -100,7 +105,8 @@ def check_free(directory: Path) -> None:
     """Raise `ValueError` unless a directory is empty, but for what a save that was killed has left, or not there yet."""
     if not directory.exists():
         return
-    if not directory.is_dir() or not all(file.name.startswith(LEFTOVERS) for file in directory.iterdir()):
+    names = [file.name for file in directory.iterdir()] if directory.is_dir() else [""]
+    if not all(any(leftover.fullmatch(name) for leftover in LEFTOVERS) for name in names):
         raise ValueError(f"{directory} holds other things than a memory: give another directory.")
 
 
@@ -215,8 +221,9 @@ class Conversation:
 
     def fork(self, argument: str) -> None:
         directory = path(argument, "/fork DIR")
-        if holds_memory(directory):
-            raise ValueError(f"{directory} holds a memory already: give another directory.")
+        own = self.arguments.memory
+        if holds_memory(directory) or (own is not None and directory.resolve() == own.resolve()):
+            raise ValueError(f"{directory} holds a memory already, or this conversation's: give another directory.")
         check_free(directory)
         self.session.save(directory)
         self.console.print(

@@ -40,6 +40,7 @@ NOT_OF_A_SESSION = {
     "input_ids": "give the text",
     "inputs_embeds": "give the text",
     "attention_mask": "a session has one row and no padding",
+    "tokenizer": "a session has its own",
     "return_dict_in_generate": "a session returns text. Call model.generate(past_key_values=session.memory.clone(), ...)",
 }
 
@@ -92,6 +93,10 @@ class HopeSession:
             )
         self.model, self.tokenizer = model, tokenizer
         self.memory = HopeCache(model.config) if memory is None else memory.clone()
+        if self.conversation not in (None, OPEN, CLOSED) or (self.conversation and not self._used):
+            raise ValueError(
+                f"`memory.notes[{CONVERSATION!r}]` is {self.conversation!r}, which no session has written: remove it."
+            )
         self._one_at_a_time = threading.Lock()
 
     @property
@@ -190,10 +195,11 @@ class HopeSession:
         self, source: Any, *, learn: str | None = None, progress: bool | None = None, chunk: int = 1024
     ) -> Reading:
         """
-        Read a text of any length, and learn from it. Takes as much memory for a long one as for a short one.
+        Read a text of any length, and learn from it. A long one takes as much memory as a short one, but for 8 bytes a
+        token, its id, and the keys of full attention.
 
         An answer that a conversation has left open is closed first. Text is tokenized in pieces of 65,536 characters, cut
-        between words: its tokens are those of the whole, but for a line of more without a space. Special tokens written
+        at spaces: its tokens are those of the whole, but for a stretch of more without one. Special tokens written
         in it are read as such, as by the tokenizer. Ctrl-C leaves the memory with what was read up to then.
 
         Args:
@@ -314,10 +320,12 @@ class HopeSession:
 
         if not stream:
             return say()
-        held = running.pop_all()
+        held, device = running.pop_all(), self.model.device.type
+        # Autocast is each thread's own: the caller's is the one that counts.
+        autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
         def say_piecewise(streamer: Any, criterion: Any) -> None:
-            with held:
+            with held, autocast:
                 criteria = StoppingCriteriaList([*(options.get("stopping_criteria") or []), criterion])
                 say(streamer=streamer, stopping_criteria=criteria)
 
@@ -369,7 +377,7 @@ class HopeSession:
     def _settle(self, options: Mapping[str, Any]) -> tuple[GenerationConfig, str]:
         """The settings of a call with these options, and what it learns from."""
         others = {name: value for name, value in options.items() if name != "generation_config"}
-        return self.model.settle(options.get("generation_config"), others)
+        return self.model._settle(options.get("generation_config"), others)
 
     def _ends(self, turns: ChatTurns, options: Mapping[str, Any]) -> list[int] | None:
         """Tokens that end an answer: those that are known to, and those of the template."""
@@ -392,9 +400,9 @@ class HopeSession:
 
 
 def _check_model(model: Any) -> None:
-    if getattr(model.config, "model_type", None) != "hope":
+    if getattr(model.config, "model_type", None) != "hope" or not hasattr(model, "_settle"):
         raise ValueError(
-            f"`model` is a {type(model).__name__}: a session needs a Hope model. `hope convert` makes one."
+            f"`model` is a {type(model).__name__}: a session needs a HopeForCausalLM. `hope convert` makes one."
         )
 
 

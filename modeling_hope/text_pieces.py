@@ -13,8 +13,8 @@ from typing import Any
 
 # Characters of text held at a time.
 BLOCK = 1 << 16
-# Where text may be cut, the best place first: before a lone space between words, before a newline that follows a word.
-CUTS = (re.compile(r".*\w(?= \w)", re.DOTALL), re.compile(r".*\w(?=\n\S)", re.DOTALL))
+# Where text may be cut, the best place first: before a lone space, between words or not; before a newline after a word.
+CUTS = tuple(re.compile(place, re.DOTALL) for place in (r".*\w(?= \w)", r".*\S(?= \S)", r".*\w(?=\n\S)"))
 
 
 def text_blocks(source: Any) -> Iterator[str]:
@@ -59,7 +59,7 @@ def text_pieces(blocks: Iterable[str], drop_space: bool) -> Iterator[str]:
     Text in pieces of at most `BLOCK` characters, cut where a tokenizer cuts too.
 
     Text in which there is no such place, like a long line without a space, is cut after `BLOCK` characters: there the
-    tokens next to the cut may be others than in the whole.
+    tokens next to the cut may be others than in the whole, and at a newline too, where a tokenizer prepends spaces.
 
     Args:
         blocks: the text, in parts.

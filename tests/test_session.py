@@ -343,6 +343,32 @@ def test_a_stream_ended_early_keeps_what_was_said(session, how):
     session.chat("w9", max_new_tokens=1)
 
 
+def test_notes_that_no_session_has_written_are_refused(model):
+    for note, read in (("sometimes", True), ("open", False)):
+        memory = HopeCache(model.config)
+        if read:
+            with torch.no_grad():
+                model(random_ids(1, 5), past_key_values=memory)
+        memory.notes["conversation"] = note
+        with pytest.raises(ValueError, match="notes"):
+            HopeSession(model, chat_tokenizer(), memory)
+    with pytest.raises(ValueError, match="HopeForCausalLM"):
+        HopeSession(model.model, chat_tokenizer())
+
+
+def test_streamed_text_is_said_under_the_autocast_of_the_caller():
+    model = tiny_model(dtype=torch.float32, eos_token_id=None)
+    sessions = [HopeSession(model, chat_tokenizer()) for _ in range(2)]
+    options = {"max_new_tokens": 6, "do_sample": False}
+    with torch.autocast("cpu", torch.bfloat16):
+        said = [
+            sessions[0].generate(text(5), **options),
+            "".join(sessions[1].generate(text(5), stream=True, **options)),
+        ]
+    assert said[0] == said[1]
+    assert_same_memory(sessions[0].memory, sessions[1].memory, rtol=0, atol=0)
+
+
 def test_one_call_at_a_time(session):
     """Reading a memory is possible at any time; changing it is not."""
     held, go = threading.Event(), threading.Event()

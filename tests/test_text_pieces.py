@@ -35,6 +35,7 @@ def test_tokens_are_those_of_the_whole(kind, monkeypatch):
     texts = [PROSE * 6, ""]
     if kind == "byte":  # the others begin a line as if a space stood before it
         texts.append("\n".join(["night", "rider"] * 30))
+    texts.append(", ".join(["(night)", "[2]"] * 30))
     for text in texts:
         parts = list(text_pieces.text_pieces([text[:70], text[70:]], text_pieces.prepends_space(tokenizer)))
         assert len(parts) > len(text) / 60 - 1 and max(map(len, parts), default=0) <= 60
