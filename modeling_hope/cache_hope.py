@@ -45,7 +45,7 @@ class HopeCacheLayer(CacheLayerMixin):
         self.levels: dict[int, list[LevelMemory]] = {level: [NOTHING_LEARNED] * batch for level in held}
 
     def select(self, rows: Sequence[int]) -> None:
-        self.map_states(lambda state: state.select(torch.tensor(rows, device=state.device)))
+        self.map_states(lambda state: state.select(torch.tensor(rows, dtype=torch.int64, device=state.device)))
         self.levels = {level: [memories[row] for row in rows] for level, memories in self.levels.items()}
 
     def map_states(self, function: Callable[[MixerState], MixerState]) -> None:
@@ -95,6 +95,8 @@ class HopeCache(Cache):
     """
 
     def __init__(self, config: HopeConfig, batch_size: int = 1, offloading: bool = False):
+        if batch_size < 0:
+            raise ValueError(f"`batch_size` must be 0 or more, got {batch_size}.")
         held = config.cms_levels_per_layer or []
         super().__init__(layers=[HopeCacheLayer(levels, batch_size) for levels in held])
         self.memory_fields = config.memory_fields
@@ -192,6 +194,7 @@ class HopeCache(Cache):
         self.rows, self.columns, self.model = list(other.rows), other.columns, other.model
         self.notes, self.lost = deepcopy(other.notes), other.lost
 
+    @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> HopeCache:
         """
         Move the memory, in place, what rows share as one; returns it. It keeps its dtypes: the model's decide. With

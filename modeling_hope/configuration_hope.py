@@ -280,6 +280,7 @@ class HopeConfig(PreTrainedConfig):
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
         """As Transformers' own. An `auto_map`, in which Transformers names the class that is saved, then names them all."""
         if getattr(self, "auto_map", None):
+            # This import ties config and models into one circle of files, all of which Transformers then copies.
             from .auto_hope import AUTO_MAP
 
             self.auto_map = dict(AUTO_MAP)

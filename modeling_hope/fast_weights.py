@@ -53,9 +53,13 @@ class LevelMemory:
             known = self._merged[name] = (slow, state, (slow + self.change[name]).detach())
         return known[2]
 
+    def forget_sum(self, name: str) -> None:
+        """An adapter beside the slow weight may later be written into it, where no version tells."""
+        self._merged.pop(name, None)
+
     def merged_weights(self) -> list[torch.Tensor]:
         """The sums made so far: held in memory, and not saved."""
-        return [merged for _, _, merged in self._merged.values()]
+        return [merged for _, _, merged in list(self._merged.values())]  # forks may be reading in other threads
 
     def with_change(self, change: Tensors, **fields: Tensors) -> LevelMemory:
         return replace(self, change=change, _merged={}, **fields)
@@ -161,6 +165,7 @@ def reading_weights(
             if merge and can_merge(module):
                 weights[name] = RowWeight(memory.merged(name, module.weight), whole=True)
             else:
+                memory.forget_sum(name)
                 weights[name] = RowWeight(memory.change[name], whole=False)
         rows.append(weights)
     return LevelWeights(rows) if any(rows) else None

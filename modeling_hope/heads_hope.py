@@ -1,12 +1,16 @@
 """
 Hope with heads for sequences, tokens and spans, in place of the language-modelling one.
 
-They have no next-token loss: they read with what a memory has learned, and learn nothing at test time.
+They have no next-token loss: they read with what a memory has learned, and learn nothing at test time. Each makes its
+`HopeModel` itself: the generic classes ask the Auto classes for it, which remote code is not registered with.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from inspect import signature
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,7 +27,28 @@ from .configuration_hope import HopeConfig
 from .modeling_hope import HopeModel, HopePreTrainedModel
 
 
-# The generic classes ask the Auto classes for their model, which remote code is not registered with.
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def remembers_last(forward: F) -> F:
+    """Change the caller's memory when nothing can fail any more: the head and the loss come after the reading."""
+    parameters = signature(forward)
+
+    @wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        given = parameters.bind(*args, **kwargs)
+        memory = given.arguments.get("past_key_values")
+        if not isinstance(memory, HopeCache):
+            return forward(*args, **kwargs)
+        work = given.arguments["past_key_values"] = memory.clone()
+        output = forward(*given.args, **given.kwargs)
+        memory.assign(work)
+        if isinstance(output, tuple):
+            return tuple(memory if part is work else part for part in output)
+        output.past_key_values = memory
+        return output
+
+    return wrapped  # type: ignore[return-value]
 
 
 class HopeForSequenceClassification(GenericForSequenceClassification, HopePreTrainedModel):
@@ -36,6 +61,7 @@ class HopeForSequenceClassification(GenericForSequenceClassification, HopePreTra
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
+    @remembers_last
     @can_return_tuple
     def forward(
         self,
@@ -109,6 +135,8 @@ class HopeForTokenClassification(GenericForTokenClassification, HopePreTrainedMo
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
+    forward = remembers_last(GenericForTokenClassification.forward)
+
 
 class HopeForQuestionAnswering(GenericForQuestionAnswering, HopePreTrainedModel):
     """Hope with a linear map from every token to two scores: that the answer starts there, and that it ends there."""
@@ -118,6 +146,8 @@ class HopeForQuestionAnswering(GenericForQuestionAnswering, HopePreTrainedModel)
         self.model = HopeModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
+
+    forward = remembers_last(GenericForQuestionAnswering.forward)
 
 
 __all__ = ["HopeForQuestionAnswering", "HopeForSequenceClassification", "HopeForTokenClassification"]

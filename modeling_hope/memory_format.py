@@ -68,6 +68,11 @@ def save_memory(
         raise ValueError(f"`dtype` must be one of {', '.join(map(str, DTYPES))}, or None to keep it, got {dtype}.")
     if low_rank_error is not None and not 0 < low_rank_error < 1:
         raise ValueError(f"`low_rank_error` must lie between 0 and 1, or be None for none, got {low_rank_error}.")
+    if model is None and any(cache.seen):
+        raise ValueError(
+            "The memory was not saved: the model that it was last used with is gone, and its weights are noted with it. Give "
+            "that model, loaded again: `save_pretrained(directory, model=...)`."
+        )
     description, tensors = describe(cache, model), cache.tensors()
     if model is not None:
         try:
@@ -146,8 +151,6 @@ class _Contents:
 
     def copy(self, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         tensor = self.tensors[name]
-        if isinstance(tensor, LowRank):
-            return self.once((id(tensor), device, dtype), lambda: tensor.to(device, dtype))
         return self.once((id(tensor), device, dtype), lambda: tensor.to(device, dtype, copy=True))
 
     def state(self, name: str, mixer: Any, device: torch.device, dtype: torch.dtype) -> MixerState | None:

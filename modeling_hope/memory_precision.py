@@ -26,8 +26,8 @@ class LowRank(NamedTuple):
     def dtype(self) -> torch.dtype:
         return self.left.dtype
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """The product, made on the CPU in double precision: settings of a device's products do not reach it."""
+    def to(self, device: torch.device, dtype: torch.dtype, copy: bool = True) -> torch.Tensor:
+        """The product, a tensor of its own, made on the CPU in double precision: settings of a device's products do not reach it."""
         return (self.left.double() @ self.right.double()).to(device, dtype)
 
 

@@ -12,7 +12,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.utils import TransformersKwargs
 
 from .attention import HopeAttention
 from .cache_hope import HopeCache
@@ -25,12 +24,14 @@ from .key_layout import Span
 from .mixer_state import MixerState
 from .packing import Packing
 from .self_modifying_memory import SelfModifyingMemory
-from .stream import Reading, Run, Stream, with_memory
+from .stream import CallOutput, Run, Stream, with_memory
 from .turn import check_learn
 
 
-# What parts of Transformers pass to every model: the first is used, the others change nothing.
+# What parts of Transformers pass to every model: `num_items_in_batch` is used, the others change nothing.
 KNOWN_OPTIONS = {"num_items_in_batch", "cache_position", "token_type_ids"}
+# What packs documents into one row.
+PACKING_OPTIONS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 TWO_RUNS = (
     "`output_attentions`: this call is read in two runs, for the memory keeps what its last segment began with. Give "
@@ -109,12 +110,12 @@ class HopePreTrainedModel(PreTrainedModel):
         if callable(initialise := getattr(module, "initialise", None)):
             initialise()
 
-    def new_memory(self, batch_size: int = 1) -> HopeCache:
-        """An empty memory for this model, to be given as `past_key_values`; one row for each of the batch."""
-        return HopeCache(self.config, batch_size)
+    def new_memory(self, batch_size: int = 1, offloading: bool = False) -> HopeCache:
+        """An empty memory for this model, to be given as `past_key_values`: `HopeCache(model.config, ...)`."""
+        return HopeCache(self.config, batch_size, offloading)
 
     def load_memory(self, directory: str | os.PathLike[str]) -> HopeCache:
-        """The memory that `HopeCache.save_pretrained` wrote to a directory; see `HopeCache.from_pretrained`."""
+        """The memory that was saved in a directory: `HopeCache.from_pretrained(directory, model=model)`."""
         return HopeCache.from_pretrained(directory, model=self)
 
 
@@ -174,15 +175,21 @@ class HopeModel(HopePreTrainedModel):
         check_options(kwargs)
         wanted = wanted_outputs(self.config, output_hidden_states, output_attentions)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        given: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+        }
         if past_key_values is None and not use_cache:
-            inputs = Inputs(self.config, *given)
+            inputs = Inputs(self.config, **given)
             output = self._output(inputs, self.read_alone(inputs, *wanted))
         else:
             output = self._read_on(given, *wanted)
         return output.to_tuple() if self._as_tuple(return_dict) else output
 
-    def read_alone(self, inputs: Inputs, hidden_states: bool, attentions: bool) -> Reading:
+    def read_alone(self, inputs: Inputs, hidden_states: bool, attentions: bool) -> CallOutput:
         """
         Read what has no memory, keeps none and is not learned from: one run, of the same operations for all that it may
         hold, which is what can be compiled and exported.
@@ -204,11 +211,11 @@ class HopeModel(HopePreTrainedModel):
             hidden_states=layers,
             attentions=weights,
         )
-        return Reading(hidden, None, layers, weights)
+        return CallOutput(hidden, None, layers, weights)
 
     @with_memory
-    def _read_on(self, given: tuple[Any, ...], hidden_states: bool, attentions: bool) -> BaseModelOutputWithPast:
-        inputs = Inputs(self.config, *given)
+    def _read_on(self, given: dict[str, Any], hidden_states: bool, attentions: bool) -> BaseModelOutputWithPast:
+        inputs = Inputs(self.config, **given)
         stream = Stream(self, inputs)
         if stream.learns():
             raise ValueError(
@@ -226,7 +233,7 @@ class HopeModel(HopePreTrainedModel):
         output.past_key_values = stream.close()
         return output
 
-    def _output(self, inputs: Inputs, reading: Reading) -> BaseModelOutputWithPast:
+    def _output(self, inputs: Inputs, reading: CallOutput) -> BaseModelOutputWithPast:
         assert reading.hidden is not None
         return BaseModelOutputWithPast(
             last_hidden_state=inputs.packing.unpack(reading.hidden),
@@ -362,12 +369,19 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         wanted = wanted_outputs(self.config, output_hidden_states, output_attentions)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         learns = self._learns(learn)
-        given = (
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
-            idle_rows, labels, learn_mask, logits_to_keep,
-        )  # fmt: skip
+        given: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "idle_rows": idle_rows,
+            "labels": labels,
+            "learn_mask": learn_mask,
+            "logits_to_keep": logits_to_keep,
+        }
         if past_key_values is None and not use_cache and not (learns and self.config.learning_levels):
-            inputs = Inputs(self.config, *given)
+            inputs = Inputs(self.config, **given)
             output = self._output(inputs, self.model.read_alone(inputs, *wanted), **kwargs)
         else:
             output = self._read_on(given, learns, use_cache, *wanted, **kwargs)
@@ -376,14 +390,14 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
     @with_memory
     def _read_on(
         self,
-        given: tuple[Any, ...],
+        given: dict[str, Any],
         learns: bool,
         use_cache: bool,
         hidden_states: bool,
         attentions: bool,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        inputs = Inputs(self.config, *given)
+        inputs = Inputs(self.config, **given)
         stream = Stream(self.model, inputs)
         stream.head_of = self
         stream.mark(learns, inputs.learn_mask)
@@ -409,7 +423,7 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         output.past_key_values = stream.close() if returned else None
         return output
 
-    def _output(self, inputs: Inputs, reading: Reading, **kwargs: Any) -> CausalLMOutputWithPast:
+    def _output(self, inputs: Inputs, reading: CallOutput, **kwargs: Any) -> CausalLMOutputWithPast:
         packing, kept, loss = inputs.packing, inputs.logits_to_keep, None
         if inputs.wants_all_logits:
             packed = self.lm_head(reading.hidden) if reading.logits is None else reading.logits
@@ -445,7 +459,7 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
 def check_options(options: dict[str, Any]) -> None:
     """Raise `TypeError` for an argument that nothing reads: a misspelt one would be lost without a word."""
     unknown = sorted(set(options) - KNOWN_OPTIONS)
-    if unknown and unknown[0] in TransformersKwargs.__optional_keys__:
+    if unknown and unknown[0] in PACKING_OPTIONS:
         raise TypeError(f"A Hope model takes no `{unknown[0]}`: documents packed into one row would share one memory.")
     if unknown:
         raise TypeError(f"forward() got an unexpected argument `{unknown[0]}`.")

@@ -66,7 +66,7 @@ class Run:
 
 
 @dataclass
-class Reading:
+class CallOutput:
     """
     What a call has read, in packed rows.
 
@@ -257,9 +257,11 @@ class Stream:
                 whole[row, offset : offset + length] = part[index, :length]
         return whole
 
-    def reading(self, runs: list[Run], hidden_states: bool, attentions: bool, head: nn.Module | None = None) -> Reading:
+    def reading(
+        self, runs: list[Run], hidden_states: bool, attentions: bool, head: nn.Module | None = None
+    ) -> CallOutput:
         """What the runs gave. With a `head`: the logits, for those that learning has made already are used again."""
-        reading = Reading(attentions=runs[0].attentions if attentions else None)
+        reading = CallOutput(attentions=runs[0].attentions if attentions else None)
         if head is None:
             reading.hidden = self.assemble(runs, [run.hidden for run in runs])
         else:

@@ -91,6 +91,19 @@ def test_learning_over_adapters_is_learning_of_the_merged_model(tmp_path, optimi
     assert_same_memory(loaded, memory, rtol=0, atol=0)
 
 
+def test_sums_of_weights_and_changes_end_when_an_adapter_is_there():
+    model = tiny_model()
+    memory, ids = HopeCache(model.config), random_ids(1, 5, seed=2)
+    with torch.no_grad():
+        model(random_ids(1, 8), past_key_values=memory)
+        model(ids, past_key_values=memory.clone(), learn="off")  # makes the sums
+        lora = adapted(model, target_modules=["down_proj"])
+        expected = lora(ids, past_key_values=memory.clone(), learn="off").logits
+        merged = lora.merge_and_unload()
+        found = merged(ids, past_key_values=memory.clone(), learn="off").logits
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
 def test_what_adapters_can_be_put_on(tmp_path):
     peft = pytest.importorskip("peft")
     model = tiny_model(**MEMORY, adaptive_projections=["k", "v"])

@@ -149,6 +149,15 @@ def test_from_the_checkpoint_of_a_language_model_and_back(tmp_path, kind):
     assert info["missing_keys"] == {"lm_head.weight"} and info["unexpected_keys"] == new
 
 
+def test_an_error_after_reading_leaves_the_memory_as_it_was():
+    model = HopeForSequenceClassification(tiny_config(num_labels=3))
+    memory, ids = HopeCache(model.config), random_ids(1, 5)
+    with pytest.raises(IndexError):
+        model(ids, labels=torch.tensor([7]), past_key_values=memory)
+    assert memory.seen == [0]
+    assert model(ids, past_key_values=memory).past_key_values is memory and memory.seen == [5]
+
+
 def test_trainer_trains_a_head(tmp_path):
     model = head(dtype=torch.float32, cms_training="first_order")
     before = copy.deepcopy(model.state_dict())

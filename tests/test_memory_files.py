@@ -1,6 +1,7 @@
 """A memory's files: what is saved is what is loaded, whatever crashes, whatever is damaged."""
 
 import errno
+import gc
 import json
 import os
 import random
@@ -261,8 +262,9 @@ def test_writers_that_are_killed_and_writers_at_once(tmp_path):
         for memory in memories[1:]:
             writer = os.fork()
             if not writer:
-                while True:
+                for _ in range(1000):  # it is killed long before
                     memory.save_pretrained(tmp_path)
+                os._exit(1)
             writers.append(writer)
         end = time.monotonic() + delay
         while time.monotonic() < end:
@@ -293,7 +295,8 @@ def test_a_reader_finds_the_memory_that_replaced_the_one_it_began_with(tmp_path,
 
 
 def test_without_locks_a_writer_removes_what_it_replaces_and_no_more(tmp_path, monkeypatch):
-    memory = remember(tiny_model())
+    model = tiny_model()
+    memory = remember(model)
     memory.save_pretrained(tmp_path)
     others = [tmp_path / f"memory-{'0' * 16}.safetensors", tmp_path / f".memory-{'0' * 16}"]
     others[0].write_bytes(b"")
@@ -333,11 +336,23 @@ def test_a_full_disk(tmp_path):
 
 
 def test_nothing_is_copied_that_can_be_written_as_it_is(monkeypatch, tmp_path):
-    memory, written = remember(tiny_model()), {}
+    model, written = tiny_model(), {}
+    memory = remember(model)
     monkeypatch.setattr(memory_format, "write_files", lambda path, description, tensors: written.update(tensors) or 1)
     memory.save_pretrained(tmp_path)
     changes = {name: tensor for name, tensor in memory.tensors().items() if ".levels." in name}
     assert changes and all(written[name].data_ptr() == tensor.data_ptr() for name, tensor in changes.items())
+
+
+def test_a_memory_whose_model_is_gone_is_saved_with_that_model_given(tmp_path):
+    memory = remember(tiny_model())
+    gc.collect()
+    with pytest.raises(ValueError, match="model="):
+        memory.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+    model = tiny_model()
+    memory.save_pretrained(tmp_path, model=model)
+    assert HopeCache.from_pretrained(tmp_path, model=model).seen == memory.seen
 
 
 # Less precision
