@@ -9,8 +9,8 @@ BIN := $(VENV)/bin
 demo: $(VENV)/ready
 	$(BIN)/hope demo
 
-test: $(VENV)/ready
-	$(BIN)/pytest -q -n 2
+test: $(VENV)/ready $(VENV)/quantized
+	PYTHONPATH=$(VENV)/quantized $(BIN)/pytest -q -n 2
 
 slow: $(VENV)/ready
 	$(BIN)/pytest -q -m slow
@@ -29,3 +29,8 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet -e '.[demo,test,lint]'
 	touch $@
+
+# Wherever these are installed, Transformers imports them and they print warnings: only the tests see them.
+$(VENV)/quantized: pyproject.toml | $(VENV)/ready
+	rm -rf $@
+	$(BIN)/pip install --quiet --no-deps --target $@ 'bitsandbytes>=0.50' 'torchao>=0.18'
