@@ -48,7 +48,7 @@ def measure(mixer: str, tokens: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = HopeConfig(**sizes, cms_periods=[512, None], **MIXERS[mixer])  # type: ignore[arg-type]
+    config = HopeConfig(**sizes, cms_periods=[512, None], **MIXERS[mixer])
     session = HopeSession(HopeForCausalLM(config).eval(), words_tokenizer())
     session.read(words(tokens), progress=False)
     peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
