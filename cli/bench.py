@@ -37,7 +37,7 @@ def add_to(commands: Any) -> None:
         "--limit",
         type=float,
         default=300,
-        help="leave out what, by a shorter length, takes more seconds for a pass (default: %(default)s)",
+        help="skip a model at longer lengths when a shorter one predicts more seconds than this for a pass (default: %(default)s)",
     )
     parser.add_argument(
         "--seen",

@@ -48,12 +48,12 @@ def add_to(commands: Any) -> None:
         "--learn", choices=LEARN, default="prompt", help="from what it is told, also what it says, or nothing"
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (default: %(default)s)"
+        "--max-new-tokens", type=int, default=512, metavar="N", help="longest answer, in tokens (default: %(default)s)"
     )
     sampling = parser.add_mutually_exclusive_group()
     sampling.add_argument("--temperature", type=float, metavar="T", help="sample, at this temperature")
     sampling.add_argument("--greedy", action="store_true", help="take the likeliest token, always")
-    parser.add_argument("--seed", type=int, help="of the samples")
+    parser.add_argument("--seed", type=int, help="random seed for sampling")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.set_defaults(run=run, extra="chat")

@@ -88,13 +88,18 @@ class HopeCache(Cache):
 
     ```python
     >>> memory = HopeCache(model.config)
-    >>> model(**tokenizer("A long document.", return_tensors="pt"), past_key_values=memory)
+    >>> with torch.no_grad():
+    ...     model(**tokenizer("A long document.", return_tensors="pt"), past_key_values=memory)
     >>> memory.save_pretrained("memory")
     >>> memory = HopeCache.from_pretrained("memory", model=model)
     ```
     """
 
     def __init__(self, config: HopeConfig, batch_size: int = 1, offloading: bool = False):
+        if not isinstance(config, HopeConfig):
+            raise ValueError(
+                f"`config` is a {type(config).__name__}: give `model.config`, or call `model.new_memory()`."
+            )
         if batch_size < 0:
             raise ValueError(f"`batch_size` must be 0 or more, got {batch_size}.")
         held = config.cms_levels_per_layer or []
@@ -142,6 +147,7 @@ class HopeCache(Cache):
         return False
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
+        """Refused: what was learned from a token cannot be taken back."""
         raise ValueError(
             "A HopeCache cannot be cropped: what was learned from a token cannot be taken back. Keep a `clone()` from "
             "before, and go on from that."
@@ -178,6 +184,7 @@ class HopeCache(Cache):
         return self.clone()
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refused: use `save_pretrained`."""
         raise TypeError(
             "A HopeCache is not pickled: a pickle could not tell whose memory it is. Use `save_pretrained` and "
             "`HopeCache.from_pretrained`."
@@ -356,7 +363,7 @@ class HopeCache(Cache):
             What the files take and what they lost, which is noted in them too: see `summary()["lost"]` after loading.
 
         Raises:
-            ValueError: an option is impossible, `notes` are not JSON, or the model could not read the memory again.
+            ValueError: an option is impossible, what was put in `memory.notes` is not JSON, or the model could not read the memory again.
             OSError: the directory cannot be written, or the disk is full; the memory that was there is unharmed.
         """
         return save_memory(self, Path(save_directory), self.model() if model is None else model, dtype, low_rank_error)
@@ -401,7 +408,7 @@ def check_memory(memory: Any, config: HopeConfig, batch_size: int | None = None)
     if batch_size not in (None, memory.batch_size):
         raise ValueError(
             f"`past_key_values` holds {memory.batch_size} rows and the batch has {batch_size}: use one row for each, "
-            "or `batch_select_indices` and `batch_repeat_interleave`."
+            "`model.new_memory(batch_size)`, or `batch_select_indices` and `batch_repeat_interleave`."
         )
     return memory
 

@@ -36,15 +36,15 @@ def consolidate(
     Write what memories have learned into the slow weights of a copy of their model: `W + strength * mean(change)`.
 
     The copy is a model like any other: it saves, loads and learns on, from nothing learned. At strength 1, with one
-    memory and learning off, it gives the logits that the memory gave: `memory.reset(levels=...)` takes out what is now
-    in the weights, and keeps what the mixers hold of the stream. Gradients that wait for an update are not applied.
+    memory and learning off, it gives the logits that the memory gave, once `memory.reset(levels=...)` has taken out what
+    is now in the weights and would count twice. Gradients that wait for an update are not applied.
 
     Args:
         model: the model that the memories belong to; it stays as it is.
         memories: one memory or several; every row of each counts as one.
         strength: how much of the change to write; by level (an index into `config.cms_periods`) where it is a mapping,
             and then nothing of the levels that it leaves out.
-        memory_weights: of the rows in their mean, in order; they are divided by their sum. Unset: all alike.
+        memory_weights: of the rows in their mean, in order; they are divided by their sum. Unset: equal weights.
 
     Returns:
         The copy, on the model's device and in its dtype.
@@ -53,8 +53,12 @@ def consolidate(
         ValueError: memories of another model, impossible levels, strengths or weights, or slow weights that a change
             cannot be added to (quantized, adapted or offloaded).
     """
-    given = [memories] if isinstance(memories, HopeCache) else list(memories)
-    rows = _rows(model, given)
+    given = [memories] if isinstance(memories, HopeCache) else memories
+    if not isinstance(given, Sequence) or not all(isinstance(memory, HopeCache) for memory in given):
+        raise ValueError(
+            f"`memories` is a {type(memories).__name__}: give a HopeCache or a list of them, `session.memory` of a session."
+        )
+    rows = _rows(model, list(given))
     shares = _shares(memory_weights, len(rows))
     strengths = _strengths(strength, len(model.config.cms_periods))
     _check_slow_weights(model, strengths)
@@ -73,6 +77,10 @@ def consolidate(
                 wanted += float(step.square().sum())
                 lost += float((written.to(weight.dtype).to(step.dtype) - written).square().sum())
                 weight.copy_(written)
+    if not wanted:
+        logger.warning(
+            "The memories have learned nothing that could be written: no period of these levels has ended yet."
+        )
     if lost > LOSS_WORTH_A_WARNING**2 * wanted:
         logger.warning(
             f"Rounding to {model.dtype} lost {(lost / wanted) ** 0.5:.1%} of the change (by norm): load the model in float32 "

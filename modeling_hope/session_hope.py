@@ -170,9 +170,13 @@ class HopeSession:
             RuntimeError: another call runs.
         """
         options, turns = self._checked(options), ChatTurns(self.tokenizer, template)
-        messages = [{"role": "user", "content": message}] if isinstance(message, str) else list(message)
-        if not messages:
-            raise ValueError("`message` is empty: give at least one.")
+        messages = [{"role": "user", "content": message}] if isinstance(message, str) else message
+        if (
+            not isinstance(messages, Sequence)
+            or not all(isinstance(each, Mapping) for each in messages)
+            or not messages
+        ):
+            raise ValueError("`message` must be text, or a list of at least one message with `role` and `content`.")
         if system is not None:
             messages = [{"role": "system", "content": system}, *messages]
         with ExitStack() as running:
@@ -400,7 +404,7 @@ class HopeSession:
 
 
 def _check_model(model: Any) -> None:
-    if getattr(model.config, "model_type", None) != "hope" or not hasattr(model, "_settle"):
+    if getattr(getattr(model, "config", None), "model_type", None) != "hope" or not hasattr(model, "_settle"):
         raise ValueError(
             f"`model` is a {type(model).__name__}: a session needs a HopeForCausalLM. `hope convert` makes one."
         )

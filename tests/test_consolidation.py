@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from modeling_hope import HopeCache, HopeForCausalLM, consolidate
+from modeling_hope import HopeCache, HopeForCausalLM, HopeSession, consolidate
 
 from .conftest import random_ids, tiny_model
 
@@ -106,6 +106,11 @@ def test_what_cannot_be_is_refused(family):
     ):
         with pytest.raises(ValueError, match=f"`{named}`"):
             consolidate(model, memory, **kwargs)
+    for memories in ("memory", HopeSession):
+        with pytest.raises(ValueError, match="`memories` is a"):
+            consolidate(model, memories)
+    with pytest.raises(ValueError, match="model.config"):
+        HopeCache(model)
     with pytest.raises(ValueError, match="empty"):
         consolidate(model, [])
     with pytest.raises(ValueError, match="another model"):

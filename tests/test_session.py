@@ -175,7 +175,7 @@ def test_templates_that_cannot_be_written_turn_by_turn(model):
             HopeSession(model, chat_tokenizer(template)).chat("w9")
     with pytest.raises(ValueError, match="0 times"):
         ChatTurns(chat_tokenizer(forgets)).next([{"role": "user", "content": "w9"}])
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match="`message`"):
         HopeSession(model, chat_tokenizer()).chat([])
 
 
