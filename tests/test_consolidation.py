@@ -109,7 +109,7 @@ def test_what_cannot_be_is_refused(family):
     for memories in ("memory", HopeSession):
         with pytest.raises(ValueError, match="`memories` is a"):
             consolidate(model, memories)
-    with pytest.raises(ValueError, match="model.config"):
+    with pytest.raises(ValueError, match=r"model\.config"):
         HopeCache(model)
     with pytest.raises(ValueError, match="empty"):
         consolidate(model, [])
