@@ -47,6 +47,17 @@ def tiny_model(seed=0, dtype=torch.float64, **fields):
     return HopeForCausalLM(tiny_config(**fields)).to(dtype).eval()
 
 
+@pytest.fixture
+def model(family):
+    """A small model of each kind; test files that need another have their own."""
+    return tiny_model()
+
+
+@torch.no_grad()
+def read(model, memory, ids, **kwargs):
+    return model(ids, past_key_values=memory, **kwargs).logits
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)

@@ -8,20 +8,10 @@ import torch
 from modeling_hope import HopeCache
 from modeling_hope.fast_weights import LevelMemory
 
-from .conftest import random_ids, tiny_model
+from .conftest import random_ids, read, tiny_model
 
 
 pytestmark = pytest.mark.usefixtures("family")
-
-
-@pytest.fixture
-def model(family):
-    return tiny_model()
-
-
-@torch.no_grad()
-def read(model, memory, ids, **kwargs):
-    return model(ids, past_key_values=memory, **kwargs).logits
 
 
 def test_a_fork_goes_on_by_itself(model):

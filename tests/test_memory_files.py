@@ -17,20 +17,10 @@ from modeling_hope import HopeCache, memory_files, memory_format
 from modeling_hope.memory_files import _header, _sealed, read_files, write_files
 from modeling_hope.stream_record import NO_TOKEN
 
-from .conftest import FAMILIES, assert_same_memory, random_ids, tiny_model
+from .conftest import FAMILIES, assert_same_memory, random_ids, read, tiny_model
 
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
-
-
-@pytest.fixture
-def model(family):
-    return tiny_model()
-
-
-@torch.no_grad()
-def read(model, memory, ids, **kwargs):
-    return model(ids, past_key_values=memory, **kwargs).logits
 
 
 def remember(model, tokens=21, rows=2, seed=0):
