@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -74,7 +74,7 @@ class HopeGenerationMixin(GenerationMixin):
         shared = copies > 1 and not (settings.output_hidden_states or settings.output_attentions)
         if work is not None and (shared or chunk):
             self._read_ahead(work, turn, chunk)
-        before = None if work is None else work.clone()
+        before = work.clone() if work is not None and beams > 1 else None
         last_of_prompt = replace(turn)
         if work is not None:
             work.batch_repeat_interleave(copies)
@@ -95,14 +95,14 @@ class HopeGenerationMixin(GenerationMixin):
             **kwargs,
         )
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        if memory is not None and work is not None and before is not None:
-            if beams > 1:
+        if memory is not None and work is not None:
+            if before is not None:
                 start = 0 if input_ids is None else turn.width
                 lengths = (output.beam_indices >= 0).sum(1).tolist()
                 words = [row[start : start + length] for row, length in zip(sequences, lengths, strict=True)]
                 work = self._read_words(before, last_of_prompt, words)
             else:
-                _leave_pending(work, turn, sequences, settings.pad_token_id or 0)
+                _leave_pending(work, turn, sequences, _pad(settings))
             memory.assign(work)
         if isinstance(output, torch.Tensor):
             return output
@@ -253,7 +253,7 @@ class HopeGenerationMixin(GenerationMixin):
         else:
             inputs = turn.whole(input_ids)
         # The loop hands on what concerns itself only, such as `tokenizer`; misspelt arguments it has refused.
-        names = signature(self.forward).parameters.keys() - {"position_ids", "labels"}
+        names = _arguments_of(type(self).forward)
         passed = {name: value for name, value in kwargs.items() if name in names and value is not None}
         return {**passed, **inputs, "past_key_values": past_key_values}
 
@@ -265,6 +265,12 @@ class HopeGenerationMixin(GenerationMixin):
         )
 
 
+@cache
+def _arguments_of(forward: Callable[..., Any]) -> frozenset[str]:
+    """Of a step; looked up once, and not at every token."""
+    return frozenset(signature(forward).parameters) - {"position_ids", "labels"}
+
+
 def _leave_pending(memory: HopeCache, turn: Turn, sequences: torch.Tensor, pad: int) -> None:
     """Note each row's last token, which is sampled and not read; what the loop wrote after it gives way to pads."""
     assert turn.last is not None, "This version of Transformers makes its stopping criteria elsewhere."
@@ -272,6 +278,16 @@ def _leave_pending(memory: HopeCache, turn: Turn, sequences: torch.Tensor, pad: 
         memory.rows[row] = replace(memory.rows[row], pending=int(sequences[row, column]))
         # Without an end-of-sequence token the loop goes on sampling for rows that other criteria have ended.
         sequences[row, column + 1 :] = pad
+
+
+def _pad(settings: GenerationConfig) -> int:
+    """As Transformers pads: with the pad token, else the first that ends a sequence; without both, with any."""
+    pads = [settings.pad_token_id, *_ends(settings.eos_token_id)]
+    return next((pad for pad in pads if pad is not None), 0)
+
+
+def _ends(eos: Any) -> list[Any]:
+    return eos if isinstance(eos, list) else [eos]
 
 
 def _refuse_assistance(settings: GenerationConfig, assistant_model: Any) -> None:
@@ -289,8 +305,7 @@ def _refuse_assistance(settings: GenerationConfig, assistant_model: Any) -> None
 
 def _mask_of_pads(input_ids: torch.Tensor, pad: Any, eos: Any) -> torch.Tensor | None:
     """As Transformers infers a mask: from the pads, unless a pad may be an end of sequence."""
-    ends = eos if isinstance(eos, list) else [eos]
-    if pad is None or pad in ends or not bool((input_ids == pad).any()):
+    if pad is None or pad in _ends(eos) or not bool((input_ids == pad).any()):
         return None
     return input_ids != pad
 

@@ -281,6 +281,17 @@ def test_rows_that_other_criteria_end_get_pads(model, tokenizer):
         assert memory.rows[row].pending == tokenizer(said).input_ids[-1]
 
 
+def test_finished_rows_are_padded_as_transformers_pads(model):
+    """Without a pad token, with the first that ends a sequence."""
+    ids, options = random_ids(2, 5), {"max_new_tokens": 9, "do_sample": False}
+    free = model.generate(ids, **options)[0, 5:].tolist()
+    end = free[2]
+    found = model.generate(ids, eos_token_id=[end, 39], **options)[0, 5:].tolist()
+    first = free.index(end)
+    assert found == free[: first + 1] + [end] * (len(found) - first - 1)
+    assert found == model.generate(ids, eos_token_id=[end, 39], use_cache=False, **options)[0, 5:].tolist()
+
+
 def test_a_row_that_has_read_nothing_takes_new_tokens_too(model):
     memory, ids = HopeCache(model.config, 2), random_ids(2, 6)
     with torch.no_grad():
