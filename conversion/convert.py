@@ -16,7 +16,6 @@ from transformers import initialization as init
 
 from modeling_hope import HopeConfig, HopeForCausalLM
 from modeling_hope.auto_hope import AUTO_MAP
-from modeling_hope.fast_weights import LEARNED_MAPS
 
 from .family import Family
 from .llama import LLAMA
@@ -171,7 +170,7 @@ def _fill(model: HopeForCausalLM, source: Source, family: Family, plan: LevelPla
 def _describe(model: HopeForCausalLM, report: ConversionReport) -> None:
     config = model.config
     report.parameters = sum(parameter.numel() for parameter in model.parameters())
-    maps = LEARNED_MAPS[config.cms_fast_weights]
+    maps = config.learned_maps
     learned = [
         getattr(layer.cms.level(level), name).weight.numel()
         for layer in model.model.layers

@@ -7,21 +7,19 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    apply_rotary_pos_emb,
-    repeat_kv,
-)
+from transformers.models.llama.modeling_llama import LlamaAttention, repeat_kv
 from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_hope import HopeConfig
 from .key_layout import AttentionPlan, Block, KeyLayout, Span
 from .mixer_state import MixerState
+from .norm import HopeRMSNorm
+from .rotary import Rotation, turn
 
 
 class AttentionState(MixerState):
     """
-    What an attention layer remembers: keys (rotated) and values of the positions in its `KeyLayout`, left-packed.
+    What an attention layer remembers: keys (normed and rotated) and values of the positions in its `KeyLayout`, left-packed.
 
     Tensors `keys` and `values`: `[batch, key_value_heads, slots, head_dim]`.
     """
@@ -30,19 +28,30 @@ class AttentionState(MixerState):
 
 
 class HopeAttention(LlamaAttention):
-    """Causal self-attention with rotary positions, over everything read or over a sliding window with sinks."""
+    """Causal self-attention, over everything read or over a sliding window with sinks."""
 
     def __init__(self, config: HopeConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.layout = key_layout(config, layer_idx)
         self.rewinds, self.state_class = True, AttentionState
+        self.scaling = config.layer_attention_multipliers[layer_idx]
+        heads = config.num_attention_heads, config.num_key_value_heads
+        if config.attention_output_bias != config.attention_bias:
+            width = config.num_attention_heads * self.head_dim
+            self.o_proj = nn.Linear(width, config.hidden_size, bias=bool(config.attention_output_bias))
+        self.q_norm = self.k_norm = None
+        if config.qk_norm is not None:
+            widths = [self.head_dim * (count if config.qk_norm == "all" else 1) for count in heads]
+            self.q_norm, self.k_norm = (
+                HopeRMSNorm(width, config.rms_norm_eps, config.norm_weight_offset) for width in widths
+            )
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         state: AttentionState | None,
         span: Span,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: dict[str, Rotation],
         keep_state: bool,
     ) -> tuple[torch.Tensor, AttentionState | None, torch.Tensor | None]:
         """
@@ -50,7 +59,7 @@ class HopeAttention(LlamaAttention):
             hidden_states: `[batch, width, hidden_size]`.
             state: what the rows have cached; `None` when they have read nothing.
             span: the stretch of its stream that each row reads, with a plan for this kind of attention.
-            position_embeddings: cosines and sines of the positions, `[batch or 1, width, head_dim]`.
+            position_embeddings: by rope, cosines and sines of the positions, `[batch or 1, width, turned features]`.
             keep_state: whether the caller wants the new state.
 
         Returns:
@@ -58,11 +67,11 @@ class HopeAttention(LlamaAttention):
             `[batch, heads, width, slots]` over the cached keys and the new ones, where they are made (`eager`).
         """
         batch, width, _ = hidden_states.shape
-        by_head = (batch, width, -1, self.head_dim)
-        queries = self.q_proj(hidden_states).view(by_head).transpose(1, 2)
-        keys = self.k_proj(hidden_states).view(by_head).transpose(1, 2)
-        values = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
-        queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)
+        queries = self._by_head(self.q_proj(hidden_states), self.q_norm)
+        keys = self._by_head(self.k_proj(hidden_states), self.k_norm)
+        values = self._by_head(self.v_proj(hidden_states), None)
+        if self.layout.rope is not None:
+            queries, keys = turn(queries, keys, position_embeddings[self.layout.rope])
 
         plan = span.plans[self.layout]
         if plan.cached:
@@ -73,6 +82,13 @@ class HopeAttention(LlamaAttention):
         output, weights = attend(self, queries, keys, values, plan)
         new_state = AttentionState(keys=plan.keep(keys), values=plan.keep(values)) if keep_state else None
         return self.o_proj(output.reshape(batch, width, -1)), new_state, weights
+
+    def _by_head(self, projected: torch.Tensor, norm: HopeRMSNorm | None) -> torch.Tensor:
+        """`[batch, width, heads * head_dim]`, normed, to `[batch, heads, width, head_dim]`."""
+        if norm is not None and self.config.qk_norm == "all":
+            projected = norm(projected)
+        by_head = projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return norm(by_head) if norm is not None and self.config.qk_norm == "head" else by_head
 
     def empty_state(self, batch: int, like: torch.Tensor) -> AttentionState:
         """Of rows that have read nothing; `like` gives dtype and device."""
@@ -86,9 +102,8 @@ class HopeAttention(LlamaAttention):
 
 def key_layout(config: HopeConfig, layer_idx: int) -> KeyLayout:
     """The layout of the keys of a layer."""
-    sliding = config.layer_types[layer_idx] == "sliding_attention"  # type: ignore[index]
-    window = config.sliding_window if sliding else None
-    return KeyLayout(window, config.attention_sinks if sliding else 0, config.segment_length)
+    rope = config.layer_ropes[layer_idx]  # type: ignore[index]
+    return KeyLayout(config.layer_windows[layer_idx], config.layer_sinks[layer_idx], config.segment_length, rope)
 
 
 def attend(
@@ -107,6 +122,8 @@ def attend(
     implementation = module.config._attn_implementation
     dropout = module.attention_dropout if module.training else 0.0
     options: dict[str, Any] = {"dropout": dropout, "scaling": module.scaling}
+    if module.config.attn_logit_softcapping is not None:
+        options["softcap"] = module.config.attn_logit_softcapping
     if is_flash_attention_requested(requested_attention_implementation=implementation):
         return _flash_attend(module, queries, keys, values, plan, options)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
@@ -141,7 +158,7 @@ def _seen(block: Block, keys: torch.Tensor) -> torch.Tensor:
         return window
     sinks = keys[:, :, : block.sinks]
     if block.rotation is not None:
-        sinks, _ = apply_rotary_pos_emb(sinks, sinks, *block.rotation)
+        sinks, _ = turn(sinks, sinks, block.rotation)
     return torch.cat([sinks, window], dim=2)
 
 
@@ -153,12 +170,15 @@ def eager_attention(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(q k^T / sqrt(d)) v, in float32 or better, with the interface of Transformers' attention functions."""
+    """softmax(scaling q k^T) v, in float32 or better, with the interface of Transformers' attention functions."""
     key = repeat_kv(key, module.num_key_value_groups)
     value = repeat_kv(value, module.num_key_value_groups)
     scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
     if attention_mask is None:
         attention_mask = torch.ones_like(scores, dtype=torch.bool).tril(scores.shape[-1] - scores.shape[-2])
     scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)

@@ -19,10 +19,15 @@ AGGREGATIONS = ("sum", "weighted_sum", "gated", "concat", "attention")
 FAST_WEIGHTS = ("all", "down_proj")
 OPTIMIZERS = ("sgd", "momentum", "dgd")
 TRAINING_MODES = ("static", "first_order")
+NORMS = ("rms_norm", "layer_norm")
+NORM_PLACEMENTS = ("pre", "post", "both")
+QK_NORMS = ("head", "all")
+ROPES = ("global", "local")
 LARGEST_MEMORY_HEAD = 256  # the widest head that kernels serve
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
-PER_LEVEL_FIELDS = ("intermediate_size", "cms_learning_rates", "cms_decay")
+PER_LEVEL_FIELDS = ("intermediate_size", "cms_learning_rates", "cms_decay", "cms_norm_placement")
+PER_LAYER_FIELDS = ("sliding_window", "attention_sinks", "attention_multiplier", "layer_ropes")
 
 # What a memory's tensors and its place in the stream depend on: a cache fits a model when these agree.
 MEMORY_FIELDS = (
@@ -37,6 +42,10 @@ MEMORY_FIELDS = (
     "sliding_window",
     "attention_sinks",
     "rope_parameters",
+    "local_rope_parameters",
+    "layer_ropes",
+    "learned_positions",
+    "gated_mlp",
     "tie_word_embeddings",
     "num_memory_heads",
     "memory_head_dim",
@@ -74,17 +83,51 @@ class HopeConfig(PreTrainedConfig):
         intermediate_size (`int` or `list[int]`, *optional*):
             Hidden units of a level's MLP, one number for all levels or one per level. Unset: a layer's levels together
             have about the parameters of one Llama MLP of this width.
+        gated_mlp (`bool`, defaults to `True`):
+            `True`: a level is `down(act(gate(x)) * up(x))`; `False`: `down(act(up(x)))`.
         initializer_range (`float`, *optional*):
             Standard deviation of initial linear maps and embeddings. Unset: `hidden_size ** -0.5`, with which maps keep
             the size of their inputs at every width.
         layer_types (`list[str]`, *optional*):
             The mixer of each layer: `"hope_memory"` (the self-modifying memory), `"full_attention"` or
             `"sliding_attention"`. Unset: all `"hope_memory"`, or all `"sliding_attention"` when `sliding_window` is set.
-        sliding_window (`int`, *optional*):
-            Tokens in view of a sliding-attention layer, the current one included.
-        attention_sinks (`int`, defaults to 4):
-            First tokens of the stream that stay in view of a sliding window. Without them a window that leaves the
-            start behind ruins a pretrained model.
+        sliding_window (`int` or `list[int | None]`, *optional*):
+            Tokens in view of a sliding-attention layer, the current one included; one number, or one per layer.
+        attention_sinks (`int` or `list[int]`, defaults to 4):
+            First tokens of the stream that stay in view of a sliding window; one number, or one per layer. Without them
+            a window that leaves the start behind ruins a model that was not trained with it.
+        rope_parameters (`dict`, *optional*):
+            Rotary positions, as Transformers has them; `partial_rotary_factor` turns the first part of a head only.
+        local_rope_parameters (`dict`, *optional*):
+            The same for layers that `layer_ropes` calls `"local"`.
+        layer_ropes (`list[str | None]`, *optional*):
+            What turns each attention layer's queries and keys: `"global"` (`rope_parameters`), `"local"`
+            (`local_rope_parameters`), or `None` for nothing. Unset: `"global"` in all.
+        learned_positions (`bool`, defaults to `False`):
+            Add a learned embedding of its position to each token's. Nothing can be read beyond
+            `max_position_embeddings` then.
+        attention_output_bias (`bool`, *optional*):
+            Whether the output projection has a bias. Unset: as `attention_bias` says, which the others follow.
+        qk_norm (`str`, *optional*):
+            RMSNorm of queries and keys: of each `"head"`, or over `"all"` heads together.
+        attention_multiplier (`float` or `list[float]`, *optional*):
+            Factor of the attention scores, one number or one per layer. Unset: `head_dim ** -0.5`.
+        attn_logit_softcapping (`float`, *optional*):
+            c: attention scores become `c tanh(scores / c)`, which `"sdpa"` cannot: `"eager"` is the default then.
+        final_logit_softcapping (`float`, *optional*):
+            The same of the logits.
+        norm_type (`str`, defaults to `"rms_norm"`):
+            `"rms_norm"`, or `"layer_norm"` with a bias. `rms_norm_eps` is the epsilon of both.
+        norm_weight_offset (`float`, defaults to 0.0):
+            Added to the weight of an RMSNorm.
+        norm_placement (`str`, defaults to `"pre"`):
+            Where the norms of mixers and levels are: `"pre"`, `x + f(norm(x))`; `"post"`, `x + norm(f(x))`; or `"both"`.
+        cms_norm_placement (`str` or `list[str]`, *optional*):
+            The same of levels, one for all or one per level. Unset: `norm_placement`.
+        parallel_residual (`bool`, defaults to `False`):
+            The levels read what the mixer reads, and the outputs of both are added.
+        residual_multiplier, embedding_multiplier, logits_scaling (`float`, default to 1.0):
+            Factors of what a mixer or a level adds and of the embeddings; divisor of the logits.
         num_memory_heads (`int`, *optional*):
             Heads H of the self-modifying memory. Unset: `num_attention_heads`.
         memory_head_dim (`int`, *optional*):
@@ -153,6 +196,8 @@ class HopeConfig(PreTrainedConfig):
         cms_training (`str`, defaults to `"static"`):
             The same in `train()` mode: `"static"` (levels are plain MLPs) or `"first_order"` (updates run in the
             forward pass; the outer gradient takes them as constants).
+        converted_from (`dict`, *optional*):
+            The config of the Transformer that this model was converted from, to which it can be exported back.
 
     Raises:
         StrictDataclassClassValidationError, StrictDataclassFieldValidationError: Transformers' own errors for a field
@@ -185,12 +230,29 @@ class HopeConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
     tie_word_embeddings: bool = False
     rope_parameters: dict[str, Any] | None = None
+    local_rope_parameters: dict[str, Any] | None = None
+    layer_ropes: list[str | None] | tuple[str | None, ...] | None = None
+    learned_positions: bool = False
     attention_bias: bool = False
+    attention_output_bias: bool | None = None
     attention_dropout: int | float = 0.0
+    qk_norm: str | None = None
+    attention_multiplier: int | float | list[int | float] | tuple[int | float, ...] | None = None
+    attn_logit_softcapping: int | float | None = None
+    final_logit_softcapping: int | float | None = None
     mlp_bias: bool = False
+    gated_mlp: bool = True
+    norm_type: str = "rms_norm"
+    norm_weight_offset: int | float = 0.0
+    norm_placement: str = "pre"
+    cms_norm_placement: str | list[str] | tuple[str, ...] | None = None
+    parallel_residual: bool = False
+    residual_multiplier: int | float = 1.0
+    embedding_multiplier: int | float = 1.0
+    logits_scaling: int | float = 1.0
     layer_types: list[str] | tuple[str, ...] | None = None
-    sliding_window: int | None = None
-    attention_sinks: int = 4
+    sliding_window: int | list[int | None] | tuple[int | None, ...] | None = None
+    attention_sinks: int | list[int] | tuple[int, ...] = 4
     num_memory_heads: int | None = None
     memory_head_dim: int | None = None
     memory_hidden_size: int | None = None
@@ -221,6 +283,7 @@ class HopeConfig(PreTrainedConfig):
     cms_momentum: int | float = 0.9
     cms_learning: bool = True
     cms_training: str = "static"
+    converted_from: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         unknown = [
@@ -246,6 +309,12 @@ class HopeConfig(PreTrainedConfig):
             mixer = "hope_memory" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [mixer] * self.num_hidden_layers
         self.layer_types = list(self.layer_types)
+        if self.layer_ropes is None:
+            self.layer_ropes = ["global"] * self.num_hidden_layers
+        if self.attention_output_bias is None:
+            self.attention_output_bias = self.attention_bias
+        if self.cms_norm_placement is None:
+            self.cms_norm_placement = self.norm_placement
         if self.initializer_range is None:
             self.initializer_range = self.hidden_size**-0.5
         if self.num_memory_heads is None:
@@ -266,8 +335,9 @@ class HopeConfig(PreTrainedConfig):
         self.cms_levels_per_layer = [list(held) for held in self.cms_levels_per_layer]
         if self.intermediate_size is None:
             held_at_most = max((len(held) for held in self.cms_levels_per_layer), default=1)
-            self.intermediate_size = _llama_intermediate_size(self.hidden_size, max(held_at_most, 1))
-        for name in PER_LEVEL_FIELDS:
+            maps = 3 if self.gated_mlp else 2
+            self.intermediate_size = _llama_intermediate_size(self.hidden_size, max(held_at_most, 1), maps)
+        for name in (*PER_LEVEL_FIELDS, *PER_LAYER_FIELDS):
             if isinstance(getattr(self, name), tuple):
                 setattr(self, name, list(getattr(self, name)))
 
@@ -327,6 +397,45 @@ class HopeConfig(PreTrainedConfig):
         return _one_per_level(self.cms_decay, len(self.cms_periods))
 
     @property
+    def level_norm_placements(self) -> list[str]:
+        """Where each level's norms are."""
+        return _one_per_level(self.cms_norm_placement, len(self.cms_periods))
+
+    @property
+    def learned_maps(self) -> tuple[str, ...]:
+        """The maps of a level's MLP that learn."""
+        if self.cms_fast_weights == "down_proj":
+            return ("down_proj",)
+        return ("gate_proj", "up_proj", "down_proj") if self.gated_mlp else ("up_proj", "down_proj")
+
+    @property
+    def layer_windows(self) -> list[int | None]:
+        """Tokens in view of each layer's attention; `None` for all, and where there is no attention."""
+        windows = _one_per_layer(self.sliding_window, self.num_hidden_layers)
+        return [
+            window if kind == "sliding_attention" else None
+            for window, kind in zip(windows, self.layer_types or [], strict=True)
+        ]
+
+    @property
+    def layer_sinks(self) -> list[int]:
+        """First tokens that stay in view of each layer's window; 0 where there is none."""
+        sinks = _one_per_layer(self.attention_sinks, self.num_hidden_layers)
+        return [0 if window is None else count for count, window in zip(sinks, self.layer_windows, strict=True)]
+
+    @property
+    def layer_attention_multipliers(self) -> list[float]:
+        """Factor of each layer's attention scores."""
+        default = self.head_dim**-0.5  # type: ignore[operator]
+        multipliers = _one_per_layer(self.attention_multiplier, self.num_hidden_layers)
+        return [default if multiplier is None else multiplier for multiplier in multipliers]
+
+    @property
+    def longest_stream(self) -> int | None:
+        """Tokens that a row can read in all; `None` when there is no end."""
+        return self.max_position_embeddings if self.learned_positions else None
+
+    @property
     def memory_fields(self) -> dict[str, Any]:
         """The fields a memory depends on; a `HopeCache` made for one set of them serves no other."""
         return {name: getattr(self, name) for name in MEMORY_FIELDS}
@@ -340,14 +449,23 @@ class HopeConfig(PreTrainedConfig):
             )
         for mixer in self.layer_types or []:
             _one_of("layer_types", mixer, MIXERS)
+        for name in PER_LAYER_FIELDS:
+            values = getattr(self, name)
+            if isinstance(values, list) and len(values) != self.num_hidden_layers:
+                raise ValueError(
+                    f"`{name}` has {len(values)} entries for num_hidden_layers={self.num_hidden_layers}: give one per layer"
+                    + ("." if name == "layer_ropes" else ", or one for all.")
+                )
         if self.sliding_window is not None and "sliding_attention" not in (self.layer_types or []):
             raise ValueError(
                 "`sliding_window` is set and `layer_types` has no 'sliding_attention': name the layers that slide, or unset it."
             )
-        if "sliding_attention" in (self.layer_types or []) and (self.sliding_window or 0) < 1:
-            raise ValueError(
-                f"`sliding_window` must be at least 1 when `layer_types` has 'sliding_attention', got {self.sliding_window}."
-            )
+        for mixer, window in zip(self.layer_types or [], self.layer_windows, strict=True):
+            if mixer == "sliding_attention" and (window or 0) < 1:
+                raise ValueError(
+                    "`sliding_window` must be at least 1 where `layer_types` has 'sliding_attention', got "
+                    f"{self.sliding_window}."
+                )
 
     def validate_architecture(self) -> None:
         """Part of the strict validation of Transformers' configs."""
@@ -373,14 +491,46 @@ class HopeConfig(PreTrainedConfig):
             raise ValueError(f"`rms_norm_eps` must be 0 or more, got {self.rms_norm_eps}.")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"`attention_dropout` must be at least 0 and below 1, got {self.attention_dropout}.")
-        if self.attention_sinks < 0:
+        if any(sinks < 0 for sinks in _one_per_layer(self.attention_sinks, 1)):
             raise ValueError(f"`attention_sinks` must be 0 or more, got {self.attention_sinks}.")
-        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
-        if rope_type in LENGTH_DEPENDENT_ROPE:
+        _one_of("norm_type", self.norm_type, NORMS)
+        _one_of("norm_placement", self.norm_placement, NORM_PLACEMENTS)
+        for placement in self.level_norm_placements:
+            _one_of("cms_norm_placement", placement, NORM_PLACEMENTS)
+        if self.cms_variant == "independent" and len(set(self.level_norm_placements)) > 1:
             raise ValueError(
-                f"`rope_parameters` has rope_type {rope_type!r}, whose angles depend on the length of the call: the same "
-                "text read in one call or in several would give different outputs. Use 'default', 'linear', 'yarn' or 'llama3'."
+                "`cms_norm_placement` must be one for all levels with cms_variant='independent', whose levels share their norms."
             )
+        if self.qk_norm is not None:
+            _one_of("qk_norm", self.qk_norm, QK_NORMS)
+        for name in ("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` must be above 0, got {value}.")
+
+    def validate_positions(self) -> None:
+        """Part of the strict validation of Transformers' configs."""
+        for rope in self.layer_ropes or []:
+            if rope is not None:
+                _one_of("layer_ropes", rope, ROPES)
+        if "local" in (self.layer_ropes or []) and self.local_rope_parameters is None:
+            raise ValueError("`layer_ropes` has 'local' and `local_rope_parameters` is not set: set it.")
+        for name in ("rope_parameters", "local_rope_parameters"):
+            parameters = getattr(self, name) or {}
+            kind = parameters.get("rope_type", "default")
+            if kind in LENGTH_DEPENDENT_ROPE and not _same_at_all_lengths(parameters):
+                raise ValueError(
+                    f"`{name}` has rope_type {kind!r}, whose angles depend on the length of the call: the same text read in "
+                    "one call or in several would give different outputs. Use 'default', 'linear', 'yarn' or 'llama3', or "
+                    "'longrope' with equal `short_factor` and `long_factor`."
+                )
+            assert self.head_dim is not None
+            turned = int(self.head_dim * parameters.get("partial_rotary_factor", 1.0))
+            if turned < 2 or turned % 2 or turned > self.head_dim:
+                raise ValueError(
+                    f"`{name}` has partial_rotary_factor {parameters['partial_rotary_factor']}, which turns {turned} of "
+                    f"`head_dim` {self.head_dim} features: pairs are turned, give a factor that makes their number even."
+                )
 
     def validate_self_modifying_memory(self) -> None:
         """Part of the strict validation of Transformers' configs."""
@@ -469,18 +619,26 @@ class HopeConfig(PreTrainedConfig):
                 )
 
 
-def _llama_intermediate_size(hidden_size: int, blocks: int) -> int:
-    """Hidden units of each of `blocks` MLPs that together have about the parameters of one Llama MLP (8/3 widths)."""
-    return max(8 * round(8 * hidden_size / 3 / blocks / 8), 8)
+def _llama_intermediate_size(hidden_size: int, blocks: int, maps: int) -> int:
+    """Hidden units of each of `blocks` MLPs of so many maps that have the parameters of one Llama MLP (8 widths squared)."""
+    return max(8 * round(8 * hidden_size / maps / blocks / 8), 8)
 
 
 def _one_per_level(value: Any, levels: int) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value] * levels
 
 
+def _one_per_layer(value: Any, layers: int) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value] * layers
+
+
 def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"`{field}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def _same_at_all_lengths(rope: dict[str, Any]) -> bool:
+    return rope["rope_type"] == "longrope" and rope.get("short_factor") == rope.get("long_factor")
 
 
 def _check_periods(periods: list[int | None] | tuple[int | None, ...]) -> None:

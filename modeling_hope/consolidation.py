@@ -10,7 +10,7 @@ import torch
 from transformers.utils import logging
 
 from .cache_hope import HopeCache, check_memory
-from .fast_weights import LEARNED_MAPS, Tensors
+from .fast_weights import Tensors
 from .memory_checks import hope_decoder, same_weights, weight_sample
 from .slow_weights import is_linear
 
@@ -133,7 +133,7 @@ def _strengths(strength: float | Mapping[int, float], count: int) -> dict[int, f
 def _check_slow_weights(model: HopeForCausalLM, levels: dict[int, float]) -> None:
     for index, layer in enumerate(hope_decoder(model).layers):
         for level in set(levels) & set(layer.cms.held):
-            for name in LEARNED_MAPS[model.config.cms_fast_weights]:
+            for name in model.config.learned_maps:
                 module = getattr(layer.cms.level(level), name)
                 place = f"model.layers.{index}.cms level {level} {name}"
                 if not is_linear(module):

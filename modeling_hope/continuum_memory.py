@@ -8,31 +8,21 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .configuration_hope import HopeConfig
 from .fast_weights import LevelWeights
+from .norm import add, norms_around
 from .slow_weights import check_on_device
 
 
-class HopeRMSNorm(LlamaRMSNorm):
-    """Llama's, that keeps float64 where it is given float64."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        dtype = hidden_states.dtype
-        wide = hidden_states.to(torch.promote_types(dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * wide.to(dtype)
-
-
 class HopeLevel(nn.Module):
-    """One level's SwiGLU MLP. A Llama MLP is a level, name by name."""
+    """One level's MLP, gated (SwiGLU) or plain. A Llama MLP is a level, name by name."""
 
     def __init__(self, config: HopeConfig, level: int):
         super().__init__()
         hidden, inner = config.hidden_size, config.level_intermediate_sizes[level]
         self.level = level
-        self.gate_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
+        self.gate_proj = nn.Linear(hidden, inner, bias=config.mlp_bias) if config.gated_mlp else None
         self.up_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
         self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
@@ -40,9 +30,13 @@ class HopeLevel(nn.Module):
     def forward(self, x: torch.Tensor, weights: LevelWeights | None = None) -> torch.Tensor:
         """`[batch, width, hidden_size]` to the same; `weights` where rows have learned, or are to learn."""
         if weights is None:
-            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-        inner = self.act_fn(weights.linear("gate_proj", self.gate_proj, x)) * weights.linear("up_proj", self.up_proj, x)
-        return weights.linear("down_proj", self.down_proj, inner)
+            up = self.up_proj(x)
+            return self.down_proj(self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(x)) * up)
+        up = weights.linear("up_proj", self.up_proj, x)
+        if self.gate_proj is None:
+            return weights.linear("down_proj", self.down_proj, self.act_fn(up))
+        gate = weights.linear("gate_proj", self.gate_proj, x)
+        return weights.linear("down_proj", self.down_proj, self.act_fn(gate) * up)
 
 
 class HopeContinuumMemory(nn.Module):
@@ -51,10 +45,11 @@ class HopeContinuumMemory(nn.Module):
 
     `sequential` and `nested` (Eq. 70, 72, 73): `x <- x + MLP_l(norm_l(x))` for each level in order, fastest first.
     `independent` (Eq. 74): `x <- x + Agg(MLP_1(norm(x)), ..., MLP_K(norm(x)))`.
+
+    Norms may also come after, `x + norm(MLP(x))`, or on both sides.
     """
 
     levels: Sequence[HopeLevel]
-    norms: Sequence[HopeRMSNorm]
 
     def __init__(self, config: HopeConfig, layer_idx: int):
         super().__init__()
@@ -63,22 +58,23 @@ class HopeContinuumMemory(nn.Module):
         self.config = config
         self.independent = config.cms_variant == "independent"
         self.levels = nn.ModuleList(HopeLevel(config, level) for level in held)  # type: ignore[assignment]
-        norms = 1 if self.independent else len(held)
-        self.norms = nn.ModuleList(  # type: ignore[assignment]
-            HopeRMSNorm(config.hidden_size, eps=config.rms_norm_eps) for _ in range(norms)
-        )
+        normed = held[:1] if self.independent else held
+        norms = [norms_around(config, config.level_norm_placements[level]) for level in normed]
+        self.norms = nn.ModuleList(before for before, _ in norms)
+        self.output_norms = nn.ModuleList(after for _, after in norms)
         self.aggregation = HopeAggregation(config, len(held)) if self.independent else None
         self.log_learning_rates = nn.Parameter(torch.empty(len(held))) if config.cms_learn_rates else None
 
     def forward(self, x: torch.Tensor, weights: dict[int, LevelWeights] | None = None) -> torch.Tensor:
         """`[batch, width, hidden_size]` to the same; `weights` by level, for the levels whose rows differ."""
-        weights = weights or {}
+        weights, multiplier = weights or {}, self.config.residual_multiplier
         if self.aggregation is not None:
             normed = self.norms[0](x)
             outputs = [level(normed, weights.get(level.level)) for level in self.levels]
-            return x + self.aggregation(normed, torch.stack(outputs, dim=2))
-        for norm, level in zip(self.norms, self.levels, strict=True):
-            x = x + level(norm(x), weights.get(level.level))
+            joined = self.aggregation(normed, torch.stack(outputs, dim=2))
+            return add(x, self.output_norms[0](joined), multiplier)
+        for norm, level, output_norm in zip(self.norms, self.levels, self.output_norms, strict=True):
+            x = add(x, output_norm(level(norm(x), weights.get(level.level))), multiplier)
         return x
 
     def level(self, level: int) -> HopeLevel:

@@ -13,9 +13,6 @@ from torch.nn import functional as F
 from .slow_weights import check_on_device, is_linear
 
 
-# The maps of a level's MLP by what `config.cms_fast_weights` calls them.
-LEARNED_MAPS = {"all": ("gate_proj", "up_proj", "down_proj"), "down_proj": ("down_proj",)}
-
 Tensors = dict[str, torch.Tensor]
 
 

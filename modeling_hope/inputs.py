@@ -61,6 +61,8 @@ class Inputs:
         self.packing = Packing.from_mask(mask, self.width)
         if self.packing.real is not None and not idle_rows and not torch.compiler.is_compiling():
             self._check_rows()
+        if config.longest_stream is not None:
+            self._check_end(config.longest_stream)
         if position_ids is not None:
             self._check_positions(position_ids)
         self.ids = None if input_ids is None else self.packing.pack(input_ids)
@@ -100,6 +102,17 @@ class Inputs:
         for row, length in enumerate(self.lengths):
             if length == 0 and (self.memory is None or self.memory.rows[row].seen == 0):
                 raise ValueError(f"`attention_mask` row {row} is all padding: a row needs at least one token.")
+
+    def _check_end(self, longest: int) -> None:
+        lengths = [self.width] if torch.compiler.is_compiling() else self.lengths
+        seen = [0] * len(lengths) if self.memory is None else self.memory.seen
+        for row, (before, length) in enumerate(zip(seen, lengths, strict=True)):
+            if before + length > longest:
+                raise ValueError(
+                    f"Row {row} would have read {before + length} tokens: this model has learned positions, and none beyond "
+                    f"max_position_embeddings={longest}. Give less text, or a new memory: `consolidate` keeps what "
+                    "levels have learned."
+                )
 
     def _check_positions(self, position_ids: torch.Tensor) -> None:
         if torch.compiler.is_compiling():

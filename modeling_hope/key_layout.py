@@ -7,7 +7,8 @@ from itertools import pairwise
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from .rotary import HopeRotaryEmbedding, Rotation
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class KeyLayout:
         window: tokens in view of a query, itself included; `None` for all.
         sinks: first tokens of the stream that stay in view of a window.
         segment: tokens in a segment; `None` when nothing is ever read again.
+        rope: what turns keys by their positions, a name in `config.layer_ropes`; `None` for nothing.
     """
 
     window: int | None
     sinks: int
     segment: int | None
+    rope: str | None = "global"
 
     def first(self, seen: int) -> int:
         """Oldest position kept besides the sinks, 0 while nothing was dropped."""
@@ -128,13 +131,14 @@ class Span:
         lengths = torch.tensor(self.lengths, device=self.device)[:, None]
         return torch.where(steps < lengths, begin + steps, -1)
 
-    def make_plan(self, layout: KeyLayout, rotary: LlamaRotaryEmbedding, like: torch.Tensor, flex: bool) -> None:
-        """Plan a kind of attention, unless that was done. `flex`: masks are for flex attention."""
+    def make_plan(self, layout: KeyLayout, rotary: HopeRotaryEmbedding | None, like: torch.Tensor, flex: bool) -> None:
+        """Plan a kind of attention, unless that was done. `rotary`: of its rope. `flex`: masks are for flex attention."""
         if layout in self.plans:
             return
         self.plans[layout] = _uniform_plan(self, layout) if self.uniform else _ragged_plan(self, layout)
         for block in self.plans[layout].blocks:
-            block.make_rotation(rotary, like)
+            if rotary is not None:
+                block.make_rotation(rotary, like)
             if flex:
                 block.mask = block.flex_mask(like.device)
 
@@ -151,7 +155,7 @@ class Block:
         shifts: how far each row's sinks have moved, `[batch or 1]`.
         mask: `[batch or 1, 1, stop - start, keys]` bool, true where a query sees a key; `None` for plain causal
             attention over no other keys, or for one query that sees every key. For flex attention a `BlockMask`.
-        rotation: cosines and sines of the move, `[batch or 1, 1, head_dim]`; `None` when nothing has moved.
+        rotation: cosines and sines of the move, `[batch or 1, 1, turned features]`; `None` when nothing has moved.
     """
 
     start: int
@@ -161,7 +165,7 @@ class Block:
     sinks: int
     shifts: list[int]
     mask: torch.Tensor | BlockMask | None
-    rotation: tuple[torch.Tensor, torch.Tensor] | None = None
+    rotation: Rotation | None = None
 
     def flex_mask(self, device: torch.device) -> BlockMask | None:
         """`mask` as flex attention takes it, to which none means that every query sees every key."""
@@ -179,7 +183,7 @@ class Block:
 
         return create_block_mask(sees, rows if rows > 1 else None, None, width, keys, device=device)
 
-    def make_rotation(self, rotary: LlamaRotaryEmbedding, like: torch.Tensor) -> None:
+    def make_rotation(self, rotary: HopeRotaryEmbedding, like: torch.Tensor) -> None:
         if self.sinks and any(self.shifts):
             cos, sin = rotary(like, torch.tensor(self.shifts, device=like.device)[:, None])
             # Rotations compose, but some kinds scale as well, and a key is scaled already.

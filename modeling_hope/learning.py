@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .cache_hope import HopeCache
 from .configuration_hope import HopeConfig
-from .fast_weights import LEARNED_MAPS, LevelMemory, LevelWeights, Tensors, learning_weights, reading_weights
+from .fast_weights import LevelMemory, LevelWeights, Tensors, learning_weights, reading_weights
 from .slow_weights import check_gradients
 from .stream_record import LOSSES_KEPT, StreamRecord
 
@@ -80,7 +80,7 @@ def run_weights(model: HopeModel, cache: HopeCache, rows: Sequence[int], learn: 
 
     `learn`: to take the gradient of the run. `constant`: no outer gradient has to reach the slow weights.
     """
-    maps = LEARNED_MAPS[model.config.cms_fast_weights]
+    maps = model.config.learned_maps
     record = model.config.cms_optimizer == "dgd"
     learning = model.config.learning_levels if learn else []
     if learn:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .configuration_hope import HopeConfig
-from .fast_weights import LEARNED_MAPS, MEMORY_TENSORS
+from .fast_weights import MEMORY_TENSORS
 from .slow_weights import stored_parameters
 from .stream_record import LOSSES_KEPT, NO_TOKEN
 
@@ -198,7 +198,7 @@ def _check_mixer(
 def _check_level(
     place: str, mlp: nn.Module, updates: int, pairs: int, tensors: dict[str, Described], config: HopeConfig
 ) -> None:
-    maps = LEARNED_MAPS[config.cms_fast_weights]
+    maps = config.learned_maps
     for kind in MEMORY_TENSORS:
         found = {name: tensors.pop(f"{place}.{kind}.{name}", None) for name in maps}
         held = [name for name, tensor in found.items() if tensor is not None]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .fast_weights import LEARNED_MAPS, MEMORY_TENSORS, NOTHING_LEARNED, LevelMemory
+from .fast_weights import MEMORY_TENSORS, NOTHING_LEARNED, LevelMemory
 from .memory_checks import check_contents, check_weights, hope_decoder, weight_sample
 from .memory_files import read_files, write_files
 from .memory_precision import LowRank, decode, encode
@@ -190,7 +190,7 @@ def _fill(cache: HopeCache, rows: list[dict[str, Any]], contents: _Contents, mod
             **numbers,
         )
         cache.rows.append(record)
-    maps = LEARNED_MAPS[model.config.cms_fast_weights]
+    maps = model.config.learned_maps
     for index, (layer, decoder_layer) in enumerate(zip(cache.layers, hope_decoder(model).layers, strict=True)):
         mixer, place = decoder_layer.mixer, device_of(decoder_layer)
         layer.mixer = contents.state(f"layers.{index}.mixer", mixer, place, model.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,18 +11,19 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .attention import HopeAttention
 from .cache_hope import HopeCache
 from .configuration_hope import HopeConfig
-from .continuum_memory import HopeContinuumMemory, HopeRMSNorm
+from .continuum_memory import HopeContinuumMemory
 from .fast_weights import LevelWeights
 from .generation_hope import HopeGenerationMixin
 from .inputs import Inputs
-from .key_layout import Span
+from .key_layout import KeyLayout, Span
 from .mixer_state import MixerState
+from .norm import add, make_norm, norms_around
 from .packing import Packing
+from .rotary import Rotation, rotary_embeddings
 from .self_modifying_memory import SelfModifyingMemory
 from .stream import CallOutput, Run, Stream, with_memory
 from .turn import check_learn
@@ -40,11 +41,16 @@ TWO_RUNS = (
 
 
 class HopeDecoderLayer(GradientCheckpointingLayer):
-    """x = x + mixer(norm(x)), then the levels of the continuum memory, each with its own norm and residual."""
+    """
+    `x + mixer(norm(x))`, then the levels of the continuum memory, each with its own norm and residual.
+
+    With `parallel_residual` the levels read `x` as the mixer does.
+    """
 
     def __init__(self, config: HopeConfig, layer_idx: int):
         super().__init__()
-        self.input_layernorm = HopeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.residual_multiplier, self.parallel = config.residual_multiplier, config.parallel_residual
+        self.input_layernorm, self.output_layernorm = norms_around(config, config.norm_placement)
         kind = SelfModifyingMemory if config.layer_types[layer_idx] == "hope_memory" else HopeAttention  # type: ignore[index]
         self.mixer = kind(config, layer_idx)
         self.cms = HopeContinuumMemory(config, layer_idx)
@@ -54,7 +60,7 @@ class HopeDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         state: MixerState | None,
         span: Span,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: dict[str, Rotation],
         weights: dict[int, LevelWeights] | None,
         keep_state: bool,
     ) -> tuple[torch.Tensor, MixerState | None, torch.Tensor | None]:
@@ -64,7 +70,24 @@ class HopeDecoderLayer(GradientCheckpointingLayer):
         mixed, state, attention = self.mixer(
             self.input_layernorm(hidden_states), state, span, position_embeddings, keep_state
         )
-        return self.cms(hidden_states + mixed, weights), state, attention
+        mixed = self.output_layernorm(mixed)
+        if self.parallel:
+            hidden_states = add(self.cms(hidden_states, weights), mixed, self.residual_multiplier)
+        else:
+            hidden_states = self.cms(add(hidden_states, mixed, self.residual_multiplier), weights)
+        return hidden_states, state, attention
+
+
+class HopeScaledEmbedding(nn.Embedding):
+    """Embeddings times a constant, which is rounded to their dtype."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, padding_idx: int | None, multiplier: float):
+        super().__init__(vocab_size, hidden_size, padding_idx)
+        self.multiplier = multiplier
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        embeds = super().forward(input)
+        return embeds * torch.tensor(self.multiplier, dtype=embeds.dtype)
 
 
 class HopePreTrainedModel(PreTrainedModel):
@@ -88,6 +111,8 @@ class HopePreTrainedModel(PreTrainedModel):
         # `from_pretrained` sets fields on a config that was complete without them.
         config.complete()
         config.validate()
+        # Transformers asks before the modules are made, and falls back to eager.
+        self._supports_sdpa = config.attn_logit_softcapping is None
         super().__init__(config, *args, **kwargs)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
@@ -129,12 +154,19 @@ class HopeModel(HopePreTrainedModel):
 
     def __init__(self, config: HopeConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        sizes = config.vocab_size, config.hidden_size, config.pad_token_id
+        if config.embedding_multiplier == 1:
+            self.embed_tokens = nn.Embedding(*sizes)
+        else:
+            self.embed_tokens = HopeScaledEmbedding(*sizes, config.embedding_multiplier)
+        self.embed_positions = None
+        if config.learned_positions:
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(  # type: ignore[assignment]
             HopeDecoderLayer(config, index) for index in range(config.num_hidden_layers)
         )
-        self.norm = HopeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.norm = make_norm(config)
+        self.rotary_emb = rotary_embeddings(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -272,12 +304,15 @@ class HopeModel(HopePreTrainedModel):
         Returns:
             The last hidden states `[rows, width, hidden_size]`, normed, and the new states.
         """
+        positions = span.positions().clamp(min=0)
         hidden = embeds
-        position_embeddings = self.rotary_emb(hidden, span.positions().clamp(min=0))
-        for layer in self.layers:
-            if isinstance(layer.mixer, HopeAttention):
-                flex = self.config._attn_implementation == "flex_attention"
-                span.make_plan(layer.mixer.layout, self.rotary_emb, hidden, flex)
+        if self.embed_positions is not None:
+            # Columns past a row's end may lie beyond the last position.
+            hidden = embeds + self.embed_positions(positions.clamp(max=self.config.max_position_embeddings - 1))
+        position_embeddings = {name: rotary(hidden, positions) for name, rotary in self.rotary_emb.items()}
+        for layout in self.layouts():
+            rotary = None if layout.rope is None else self.rotary_emb[layout.rope]
+            span.make_plan(layout, rotary, hidden, flex=self.config._attn_implementation == "flex_attention")
         new_states: list[MixerState | None] = []
         for index, layer in enumerate(self.layers):
             if hidden_states is not None:
@@ -298,6 +333,10 @@ class HopeModel(HopePreTrainedModel):
         if hidden_states is not None:
             hidden_states.append(hidden)
         return hidden, new_states
+
+    def layouts(self) -> Iterable[KeyLayout]:
+        """The kinds of attention that layers have."""
+        return (layer.mixer.layout for layer in self.layers if isinstance(layer.mixer, HopeAttention))
 
 
 class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
@@ -405,7 +444,7 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         if attentions and learns:
             raise ValueError("`output_attentions` needs a call in which nothing is learned: give learn='off'.")
         returned = inputs.memory is not None or use_cache
-        head = self.lm_head if inputs.wants_all_logits else None
+        head = self.head if inputs.wants_all_logits else None
         stream.keep = returned or learns
         runs: list[Run] = []
         while not runs or not stream.finished:
@@ -413,7 +452,7 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
             learning = [row for row, stretch in enumerate(stretches) if stretch.learn]
             reading = [row for row, stretch in enumerate(stretches) if not stretch.learn]
             if learning:
-                runs.append(stream.learn(learning, stretches, self.lm_head, inputs.wants_all_logits, hidden_states))
+                runs.append(stream.learn(learning, stretches, self.head, inputs.wants_all_logits, hidden_states))
             if any(stretches[row].length for row in reading) or not learning:
                 runs.append(stream.read(reading, stretches, hidden_states, attentions))
             stream.act()
@@ -426,20 +465,30 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
     def _output(self, inputs: Inputs, reading: CallOutput, **kwargs: Any) -> CausalLMOutputWithPast:
         packing, kept, loss = inputs.packing, inputs.logits_to_keep, None
         if inputs.wants_all_logits:
-            packed = self.lm_head(reading.hidden) if reading.logits is None else reading.logits
+            packed = reading.logits
+            if packed is None:
+                assert reading.hidden is not None
+                packed = self.head(reading.hidden)
             logits = packing.unpack(packed)
             if inputs.labels is not None:
                 loss = self._loss(packed, inputs.labels, packing, **kwargs)
         else:
             assert reading.hidden is not None
             hidden = packing.unpack(reading.hidden)
-            logits = self.lm_head(hidden[:, slice(-kept, None) if isinstance(kept, int) else kept])
+            logits = self.head(hidden[:, slice(-kept, None) if isinstance(kept, int) else kept])
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             hidden_states=inputs.unpack_states(reading.hidden_states),
             attentions=inputs.unpack_attentions(reading.attentions),
         )
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[..., hidden_size]` to logits `[..., vocab_size]`."""
+        logits, cap = self.lm_head(hidden), self.config.final_logit_softcapping
+        if self.config.logits_scaling != 1:
+            logits = logits / self.config.logits_scaling
+        return logits if cap is None else (logits / cap).tanh() * cap
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, packing: Packing, **kwargs: Any) -> torch.Tensor:
         """Transformers' loss on packed rows: a token is predicted from the one before it, whatever pads lie between."""

@@ -13,7 +13,6 @@ from transformers import initialization as init
 
 from .chunk_plan import ChunkPlan
 from .configuration_hope import HopeConfig
-from .continuum_memory import HopeRMSNorm
 from .delta_rule import decay_of
 from .fused_memory import read, unit
 from .key_layout import Span
@@ -30,6 +29,7 @@ from .memory_chunk import (
 )
 from .memory_rule import LOGIT_GAIN, Maps, Rule
 from .mixer_state import MixerState
+from .norm import HopeRMSNorm
 
 
 CONV_WIDTH = 4

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 F = TypeVar("F", bound=Callable[..., Any])
+Head = Callable[[torch.Tensor], torch.Tensor]
 
 NOT_COMPILED = (
     "What is read at once and what is learned turns on what a memory holds, so that a call with a memory, or one that "
@@ -178,7 +179,7 @@ class Stream:
         return run
 
     def learn(
-        self, rows: list[int], stretches: list[Stretch], head: nn.Module, keep_logits: bool, hidden_states: bool
+        self, rows: list[int], stretches: list[Stretch], head: Head, keep_logits: bool, hidden_states: bool
     ) -> Run:
         """
         Let rows read to the end of their open segments, and learn from those.
@@ -257,9 +258,7 @@ class Stream:
                 whole[row, offset : offset + length] = part[index, :length]
         return whole
 
-    def reading(
-        self, runs: list[Run], hidden_states: bool, attentions: bool, head: nn.Module | None = None
-    ) -> CallOutput:
+    def reading(self, runs: list[Run], hidden_states: bool, attentions: bool, head: Head | None = None) -> CallOutput:
         """What the runs gave. With a `head`: the logits, for those that learning has made already are used again."""
         reading = CallOutput(attentions=runs[0].attentions if attentions else None)
         if head is None:
