@@ -1,11 +1,43 @@
-"""A family of Transformers, described: which config fields and which tensors of it are Hope's, by what name."""
+"""A family of Transformers, described: which of its config's fields and which of its modules are Hope's, by what name."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A HopeConfig field that is computed from fields of the source's config: which, and how."""
+
+    uses: tuple[str, ...]
+    compute: Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """
+    A source module that holds several of Hope's, stacked along their outputs.
+
+    Attributes:
+        modules: Hope's, in order.
+        by_head: the outputs of one head lie together, and the modules alternate inside it.
+        transposed: the weight is `[in_features, out_features]`, as in Transformers' `Conv1D`.
+    """
+
+    modules: tuple[str, ...]
+    by_head: bool = False
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Only:
+    """Values of a source's config field with which it can become a Hope model, and what others would need."""
+
+    values: tuple[Any, ...]
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -13,42 +45,131 @@ class Family:
     """
     One `model_type`, in the words of its own config and state dict.
 
+    A source's module is given without `.weight` and `.bias`: both go where Hope has them. In names `{layer}` is a layer's
+    number. In Hope's, `{mlp}` stands for a layer's MLP and `{mlp_norm}` and `{mlp_output_norm}` for the norms before and
+    after it, which a strategy places among the levels.
+
     Attributes:
         model_type: of the source's config.
-        fields: fields of the source's config that are HopeConfig's, by the same name.
-        tensors: pattern of a source tensor to its name in Hope. `{layer}` stands for a layer's number; `{mlp}` and
-            `{mlp_norm}` in a target for where the strategy puts a layer's MLP and the norm before it.
-        ignored: patterns of tensors that some checkpoints carry and Hope computes by itself.
-        refuse: says why a config of this family cannot become a Hope model; `None` when it can.
-        adapt: what else the config has to say, from the source's config.
+        prefix: of the decoder's modules, which checkpoints of the bare decoder lack.
+        fields: HopeConfig field to the source's field that is the same, or to how it is computed.
+        modules: source module to Hope's.
+        windows: for each layer, the sliding window of its attention; `None` for all.
+        only: fields of the source's config that Hope serves with some values only.
+        training: fields that act in training alone, and are not carried over: what each is.
+        unused: fields that change nothing in a converted model.
+        ignored: source tensors that some checkpoints carry and Hope computes by itself.
     """
 
     model_type: str
-    fields: tuple[str, ...]
-    tensors: dict[str, str]
+    prefix: str
+    fields: Mapping[str, str | Derived]
+    modules: Mapping[str, str | Fused]
+    windows: Callable[[Any], list[int | None]] = lambda config: [None] * config.num_hidden_layers
+    only: Mapping[str, Only] = field(default_factory=dict)
+    training: Mapping[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
-    refuse: Callable[[Any], str | None] = lambda config: None
-    adapt: Callable[[Any], dict[str, Any]] = lambda config: {}
 
     def config_fields(self, config: Any) -> dict[str, Any]:
         """The HopeConfig fields that a source's config decides."""
-        return {name: getattr(config, name) for name in self.fields} | self.adapt(config)
+        return {
+            name: field.compute(config) if isinstance(field, Derived) else getattr(config, field)
+            for name, field in self.fields.items()
+        }
 
-    def target(self, name: str, places: dict[str, str]) -> str | None:
-        """
-        Where a source tensor goes; `None` when the family does not know it.
+    def check(self, config: Any) -> None:
+        """Raise `ValueError` when a config of this family needs what Hope does not carry."""
+        for name, only in self.only.items():
+            value = getattr(config, name, None)
+            if value not in only.values:
+                allowed = " or ".join(repr(v) for v in only.values)
+                raise ValueError(
+                    f"`source` has {name}={value!r} in its config, {only.reason}. Hope serves {self.model_type} models "
+                    f"with {allowed}."
+                )
 
-        `places`: what the strategy puts for `{mlp}` and `{mlp_norm}`.
-        """
-        for pattern, target in self.tensors.items():
-            match = _match(pattern, name)
-            if match:
-                return target.format(**places, **match.groupdict())
-        return None
+    def notes(self, config: Any) -> list[str]:
+        """What of the source's config is not carried over."""
+        return [
+            f"{name} {value}: {what} (in training alone)"
+            for name, what in self.training.items()
+            if (value := getattr(config, name, None))
+        ]
 
     def ignores(self, name: str) -> bool:
-        return any(_match(pattern, name) for pattern in self.ignored)
+        """Whether Hope computes a source tensor by itself."""
+        patterns = (re.escape(pattern).replace(r"\{layer\}", r"\d+") for pattern in self.ignored)
+        return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+    def fields_known(self) -> set[str]:
+        """The fields of the source's config that this description speaks of."""
+        used = {
+            name for field in self.fields.values() for name in (field.uses if isinstance(field, Derived) else (field,))
+        }
+        return {*used, *self.only, *self.training, *self.unused}
 
 
-def _match(pattern: str, name: str) -> re.Match[str] | None:
-    return re.fullmatch(re.escape(pattern).replace(r"\{layer\}", r"(?P<layer>\d+)"), name)
+def same(*names: str) -> dict[str, str]:
+    """HopeConfig fields that have the same name in the source's config."""
+    return {name: name for name in names}
+
+
+# What nearly every family's config has, by Hope's (which are Llama's) names.
+COMMON_FIELDS: dict[str, str | Derived] = {
+    **same(
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+        "initializer_range",
+        "tie_word_embeddings",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+    ),
+    "head_dim": Derived(
+        ("hidden_size", "num_attention_heads", "head_dim"),
+        lambda config: getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    ),
+}
+
+LLAMA_FIELDS: dict[str, str | Derived] = {
+    **COMMON_FIELDS,
+    **same(
+        "intermediate_size", "num_key_value_heads", "hidden_act", "rms_norm_eps", "attention_dropout", "rope_parameters"
+    ),
+}
+
+LLAMA_MODULES: dict[str, str | Fused] = {
+    "model.embed_tokens": "model.embed_tokens",
+    "model.norm": "model.norm",
+    "lm_head": "lm_head",
+    "model.layers.{layer}.input_layernorm": "model.layers.{layer}.input_layernorm",
+    "model.layers.{layer}.post_attention_layernorm": "{mlp_norm}",
+    "model.layers.{layer}.self_attn.q_proj": "model.layers.{layer}.mixer.q_proj",
+    "model.layers.{layer}.self_attn.k_proj": "model.layers.{layer}.mixer.k_proj",
+    "model.layers.{layer}.self_attn.v_proj": "model.layers.{layer}.mixer.v_proj",
+    "model.layers.{layer}.self_attn.o_proj": "model.layers.{layer}.mixer.o_proj",
+    "model.layers.{layer}.mlp.gate_proj": "{mlp}.gate_proj",
+    "model.layers.{layer}.mlp.up_proj": "{mlp}.up_proj",
+    "model.layers.{layer}.mlp.down_proj": "{mlp}.down_proj",
+}
+
+QK_NORM_MODULES: dict[str, str | Fused] = {
+    "model.layers.{layer}.self_attn.q_norm": "model.layers.{layer}.mixer.q_norm",
+    "model.layers.{layer}.self_attn.k_norm": "model.layers.{layer}.mixer.k_norm",
+}
+
+ROTARY_BUFFERS = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
+
+
+def windows_by_layer_type(config: Any) -> list[int | None]:
+    """Of a config with `layer_types` and one `sliding_window`."""
+    return [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
+
+
+def windows_everywhere(config: Any) -> list[int | None]:
+    """Of a config whose `sliding_window` is that of all layers."""
+    return [config.sliding_window] * config.num_hidden_layers
