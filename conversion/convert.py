@@ -73,7 +73,7 @@ def convert(
             or the output directory is not empty. Nothing is written then.
     """
     output = None if output_dir is None else _empty_directory(Path(output_dir))
-    opened = open_source(source, tokenizer)
+    opened = open_source(source, tokenizer=tokenizer)
     family = _family(opened)
     plan = plan_levels(
         strategy, opened.config.num_hidden_layers, opened.config.intermediate_size, periods, learning_layers

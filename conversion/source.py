@@ -1,28 +1,32 @@
-"""Where a pretrained Transformer comes from: a directory of safetensors, a GGUF file, or a model in memory."""
+"""Where a pretrained Transformer comes from: a directory, a hub name, a GGUF file, or a model in memory."""
 
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Iterator
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
-
-INDEX_FILE = "model.safetensors.index.json"
-WEIGHTS_FILE = "model.safetensors"
+from .checkpoint_files import CheckpointFiles, TensorInfo
+from .config_file import read_config
+from .gguf_file import is_gguf, read_gguf_config, read_gguf_model, read_gguf_tokenizer
+from .hub import download_description, download_weights, is_hub_name
+from .tokenizer_files import check_vocabulary, read_tokenizer
 
 
 @dataclass
 class Source:
     """
-    A pretrained model to convert.
+    A pretrained model to convert. What describes it is read when it is opened, its weights when they are asked for.
 
     Attributes:
         name: what the user called it.
@@ -36,21 +40,58 @@ class Source:
     tokenizer: Any = None
     generation_config: GenerationConfig | None = None
 
+    def infos(self) -> dict[str, TensorInfo]:
+        """
+        Shape and dtype of every tensor that `tensors()` gives, by its name, from headers where they come from files.
+
+        Raises:
+            ValueError: the weights are not whole.
+        """
+        raise NotImplementedError
+
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor by its name, one at a time."""
+        """
+        Every tensor by its name, one at a time, file by file.
+
+        They may be maps of a file, or the model's own: copy one before changing it. Let go of each before the next, and
+        no more than one is in memory.
+        """
         raise NotImplementedError
 
     def model(self) -> PreTrainedModel:
-        """The model itself, in float32, to compare with."""
+        """The model itself, in float32 and `eval()` mode, to compare with."""
         raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype that most of the weights have."""
+        sizes: Counter[torch.dtype] = Counter()
+        for info in self.infos().values():
+            if info.dtype.is_floating_point:
+                sizes[info.dtype] += math.prod(info.shape)
+        if not sizes:
+            raise ValueError(f"`source` {self.name} has no floating-point weights.")
+        return sizes.most_common(1)[0][0]
 
 
 class ModelSource(Source):
-    """A model in memory."""
+    """A model in memory, which stays as it is."""
 
     def __init__(self, model: PreTrainedModel, name: str, tokenizer: Any = None):
-        super().__init__(name, model.config, tokenizer, model.generation_config)
+        config = copy.deepcopy(model.config)
+        # What the model is, and not what the checkpoint was that it came from.
+        config.architectures = [type(model).__name__]
+        super().__init__(name, config, tokenizer, model.generation_config)
         self._model = model
+
+    def infos(self) -> dict[str, TensorInfo]:
+        infos = {name: TensorInfo.of(tensor) for name, tensor in self.tensors()}
+        absent = next((name for name, tensor in self.tensors() if tensor.is_meta), None)
+        if absent:
+            raise ValueError(
+                f"`source` has {absent!r} outside memory (`device_map`): load it without, or give its directory."
+            )
+        return infos
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         tied = set(getattr(self._model, "all_tied_weights_keys", None) or {})
@@ -64,70 +105,132 @@ class ModelSource(Source):
         return copy.deepcopy(self._model).float().eval()
 
 
-class DirectorySource(Source):
-    """A directory that `save_pretrained` wrote. One shard at a time is open, and one tensor of it in memory."""
+class GgufSource(Source):
+    """A GGUF file, which Transformers reads whole and at full precision when its tensors are asked for."""
 
-    def __init__(self, directory: Path):
-        self.directory = directory
-        super().__init__(str(directory), AutoConfig.from_pretrained(directory))
-        self.files = self._files()
-        if (directory / "tokenizer_config.json").exists():
-            self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        if (directory / "generation_config.json").exists():
-            self.generation_config = GenerationConfig.from_pretrained(directory)
+    def __init__(self, path: Path, tokenizer: Any = None):
+        config = read_gguf_config(path)
+        tokenizer = read_gguf_tokenizer(path) if tokenizer is None else tokenizer
+        super().__init__(str(path), config, tokenizer, GenerationConfig.from_model_config(config))
+        self.path = path
 
-    def _files(self) -> list[Path]:
-        index = self.directory / INDEX_FILE
-        if index.exists():
-            named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            files = [self.directory / name for name in named]
-        else:
-            files = [self.directory / WEIGHTS_FILE]
-        missing = [file.name for file in files if not file.exists()]
-        if missing:
-            raise ValueError(
-                f"`source` {self.directory} lacks {', '.join(missing)}: give a directory with all its safetensors weights."
-            )
-        return files
+    @cached_property
+    def _loaded(self) -> ModelSource:
+        return ModelSource(read_gguf_model(self.path), self.name)
+
+    def infos(self) -> dict[str, TensorInfo]:
+        return self._loaded.infos()
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for file in self.files:
-            try:
-                with safe_open(file, framework="pt") as shard:
-                    for name in shard.keys():  # noqa: SIM118 (not a dict)
-                        yield name, shard.get_tensor(name)
-            except SafetensorError as error:
-                raise ValueError(f"`source` has a damaged shard, {file}: {error}.") from error
+        return self._loaded.tensors()
 
     def model(self) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(self.directory, dtype=torch.float32).eval()
+        return self._loaded.model()
 
 
-def open_source(source: str | Path | PreTrainedModel, tokenizer: Any = None) -> Source:
+class DirectorySource(Source):
+    """
+    A directory as `save_pretrained` writes one.
+
+    Args:
+        name: what the user called it; the directory itself by default.
+        tokenizer: to use in place of its own.
+        allow_pickle: read weights that are pickled.
+        complete: called before its weights are looked for, to put them there.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        name: str | None = None,
+        tokenizer: Any = None,
+        allow_pickle: bool = False,
+        complete: Callable[[], None] = lambda: None,
+    ):
+        name = name or str(directory)
+        config = read_config(directory, name)
+        super().__init__(name, config, read_tokenizer(directory) if tokenizer is None else tokenizer)
+        if (directory / GENERATION_CONFIG_NAME).is_file():
+            self.generation_config = GenerationConfig.from_pretrained(directory)
+        self.directory = directory
+        self._allow_pickle = allow_pickle
+        self._complete = complete
+
+    @cached_property
+    def files(self) -> CheckpointFiles:
+        self._complete()
+        return CheckpointFiles(self.directory, self._allow_pickle)
+
+    @cached_property
+    def _infos(self) -> dict[str, TensorInfo]:
+        return self.files.infos()
+
+    def infos(self) -> dict[str, TensorInfo]:
+        return dict(self._infos)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self.infos()  # refuses a checkpoint that is not whole before the first tensor is given
+        return self.files.tensors()
+
+    def model(self) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(
+            self.directory, dtype=torch.float32, use_safetensors=not self.files.pickled, trust_remote_code=False
+        ).eval()
+
+
+def open_source(
+    source: str | Path | PreTrainedModel,
+    *,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+) -> Source:
     """
     The source that a user named.
 
+    Args:
+        source: a directory of safetensors, a GGUF file, a name on the hub ("owner/name"), or a model in memory. A path
+            that exists wins over a hub name.
+        tokenizer: to use in place of the source's own, or where it has none: a tokenizer, or where to load one from.
+        revision: a branch, tag or commit on the hub.
+        allow_pickle: read `pytorch_model.bin` where there is no safetensors; tensors only, but from whom you trust.
+
     Raises:
-        ValueError: it is neither a model, a directory with a config, nor a GGUF file.
+        ValueError: it is none of these, or its config or tokenizer cannot be used. Its weights are looked at when they
+            are asked for, after the architecture was checked.
     """
-    if isinstance(source, PreTrainedModel):
+    if isinstance(tokenizer, (str, Path)):
+        place, tokenizer = tokenizer, read_tokenizer(tokenizer)
+        if tokenizer is None:
+            raise ValueError(f"`tokenizer` {place} holds no tokenizer.")
+    opened = _open(source, tokenizer, revision, allow_pickle)
+    vocab_size = getattr(opened.config, "vocab_size", None)
+    if opened.tokenizer is not None and vocab_size is not None:
+        check_vocabulary(opened.tokenizer, vocab_size)
+    return opened
+
+
+def _open(source: Any, tokenizer: Any, revision: str | None, allow_pickle: bool) -> Source:
+    if hasattr(source, "merge_and_unload") or getattr(source, "_hf_peft_config_loaded", False):
+        raise ValueError("`source` is a model with an adapter: merge it first (PEFT's `merge_and_unload`).")
+    if not isinstance(source, (str, os.PathLike, PreTrainedModel)):
+        raise ValueError(f"`source` must be a path, a hub name or a PreTrainedModel, got a {type(source).__name__}.")
+    path = None if isinstance(source, PreTrainedModel) else Path(source).expanduser()
+    on_hub = isinstance(source, str) and is_hub_name(source) and path is not None and not path.exists()
+    if revision is not None and not on_hub:
+        raise ValueError("`revision` is of a name on the hub (owner/name): leave it out.")
+    if on_hub:
+        description = download_description(source, revision)
+        return DirectorySource(
+            description, source, tokenizer, allow_pickle, lambda: download_weights(source, description, allow_pickle)
+        )
+    if path is None:
         return ModelSource(source, type(source).__name__, tokenizer)
-    path = Path(source)
-    if path.is_file() and path.suffix == ".gguf":
-        return _open_gguf(path)
-    if not (path / "config.json").is_file():
-        raise ValueError(f"`source` {path} is neither a directory with a config.json nor a .gguf file.")
-    return DirectorySource(path)
-
-
-def _open_gguf(path: Path) -> ModelSource:
-    """Transformers reads GGUF; its tensors come back at full precision."""
-    options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
-    if hasattr(transformers, "GgufConfig"):
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, **options)
-    # What the file said of quantization is no longer true of these tensors.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    return ModelSource(model, str(path), tokenizer)
+    if path.is_dir():
+        return DirectorySource(path, tokenizer=tokenizer, allow_pickle=allow_pickle)
+    if not path.exists():
+        raise ValueError(f"`source` {source} does not exist, and is no name on the hub (owner/name).")
+    if not is_gguf(path):
+        hint = f" Give its directory, {path.parent}." if (path.parent / "config.json").is_file() else ""
+        raise ValueError(f"`source` {path} is neither a directory with a config.json nor a .gguf file.{hint}")
+    return GgufSource(path, tokenizer)

@@ -1,0 +1,51 @@
+"""The tokenizer that comes with a model, and whether the two agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+
+FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+# Names of the tokens that stand for what is not text: a model of text alone has no row for them (Gemma 3 1B).
+PLACEHOLDERS = ("image_token", "video_token", "audio_token")
+
+
+def read_tokenizer(place: str | Path) -> Any:
+    """
+    The tokenizer in a directory, `None` where it has none, or the hub's by its name.
+
+    Raises:
+        ValueError: it does not load.
+    """
+    directory = Path(place)
+    if directory.is_dir() and not any((directory / file).is_file() for file in FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises no narrower one
+        raise ValueError(
+            f"The tokenizer in {place} does not load: {error}. Give another as `tokenizer`, or mend its files."
+        ) from error
+
+
+def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+    """
+    Raises:
+        ValueError: a token of text has an id that the model has no embedding for.
+    """
+    placeholders = {getattr(tokenizer, name, None) for name in PLACEHOLDERS}
+    outside = {
+        token: index
+        for token, index in tokenizer.get_vocab().items()
+        if index >= vocab_size and token not in placeholders
+    }
+    if outside:
+        token, index = max(outside.items(), key=lambda item: item[1])
+        raise ValueError(
+            f"The tokenizer of `source` disagrees with the model's `vocab_size`: {len(outside)} of its tokens have no "
+            f"embedding, {token!r} with id {index} where ids end at {vocab_size - 1}. Take the tokenizer the model was "
+            f"trained with, or give the model rows for them (`resize_token_embeddings`)."
+        )
