@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 @contextmanager
-def staged_directory(output: str | Path, needed_bytes: int = 0) -> Iterator[Path]:
+def staged_directory(output: str | Path, needed_bytes: int) -> Iterator[Path]:
     """
     A directory to write into that becomes `output` when the block ends, and is removed when it raises.
 
@@ -81,4 +81,4 @@ def _is_full(error: BaseException) -> bool:
 
 
 def _no_space(needed: int, free: int) -> str:
-    return f"Not enough space: {needed / 1e9:,.2f} GB needed, {free / 1e9:,.2f} GB free"
+    return f"Not enough space: at least {needed / 1e9:,.2f} GB needed, {free / 1e9:,.2f} GB free"

@@ -15,6 +15,10 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorInfo:
+        return cls(tuple(tensor.shape), tensor.dtype)
+
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
