@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(f"[bold]Converting[/] {source.name}")
     options: dict[str, Any] = {"periods": arguments.periods, "learning_rates": arguments.lr, "dtype": dtype}
     model = convert(source, window=arguments.window, **options)
-    console.print(model.conversion_report.table(), highlight=False)
+    console.print(model.conversion_report.summary(), highlight=False, markup=False, soft_wrap=True)
     gguf = {"gguf_file": source.name} if source.suffix == ".gguf" else {}
     tokenizer = AutoTokenizer.from_pretrained(source.parent if gguf else source, **gguf)
     # A document longer than the native context is no error: its frozen reading slides too.

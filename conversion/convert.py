@@ -17,15 +17,15 @@ from transformers import initialization as init
 from modeling_hope import HopeConfig, HopeForCausalLM
 from modeling_hope.auto_hope import AUTO_MAP
 
+from .comparison import compare
 from .family import Family
 from .llama import LLAMA
-from .report import ConversionReport
+from .report import ConversionReport, fast_weight_bytes
 from .source import Source, open_source
 from .strategy import LevelPlan, plan_levels
 
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA,)}
-PROBE_TOKENS = 64
 
 
 def convert(
@@ -96,14 +96,15 @@ def convert(
     report = ConversionReport(opened.name, family.model_type, strategy)
     model = _build(HopeConfig(**(fields | config)), dtype)
     _fill(model, opened, family, plan, report)
-    _describe(model, report)
+    report.parameters = sum(parameter.numel() for parameter in model.parameters())
+    report.memory_bytes = fast_weight_bytes(model)
     if opened.generation_config is not None:
         model.generation_config = copy.deepcopy(opened.generation_config)
     if check:
-        report.logits = compare_logits(model, opened)
-        if dtype == torch.float32 and report.logits["relative"] > 1e-4:
+        report.comparison = compare(opened.model, lambda: model, opened.tokenizer, limit=window)
+        if dtype == torch.float32 and report.comparison.relative > 1e-4:
             raise ValueError(
-                f"The converted model's logits differ from the source's by {report.logits['relative']:.1e} of their range."
+                f"The converted model's logits differ from the source's by {report.comparison.relative:.1e} of their range."
             )
     model.conversion_report = report
     if output is not None:
@@ -136,8 +137,9 @@ def _build(config: HopeConfig, dtype: torch.dtype) -> HopeForCausalLM:
 def _fill(model: HopeForCausalLM, source: Source, family: Family, plan: LevelPlan, report: ConversionReport) -> None:
     parameters = dict(model.named_parameters())
     for name, tensor in source.tensors():
+        report.source_parameters += tensor.numel()
         if family.ignores(name):
-            report.tensors[name] = "not needed: Hope computes it"
+            report.fates[name] = "not needed: Hope computes it"
             continue
         layer = re.search(r"\.layers\.(\d+)\.", name)
         target = family.target(name, plan.places[int(layer[1])] if layer else {"mlp": "", "mlp_norm": ""})
@@ -150,7 +152,7 @@ def _fill(model: HopeForCausalLM, source: Source, family: Family, plan: LevelPla
                 f"`source` tensor {name!r} is {tuple(tensor.shape)}, its place {target!r} {tuple(parameters[target].shape)}."
             )
         parameters[target].copy_(tensor)
-        report.tensors[name] = target
+        report.fates[name], report.origins[target] = target, name
     for layer_module, levels in zip(model.model.layers, plan.added, strict=True):
         for level in levels:
             for module in layer_module.cms.levels[level].modules():
@@ -158,9 +160,9 @@ def _fill(model: HopeForCausalLM, source: Source, family: Family, plan: LevelPla
             layer_module.cms.levels[level].down_proj.weight.zero_()
             model._init_weights(layer_module.cms.norms[level])
             added = {*layer_module.cms.levels[level].parameters(), *layer_module.cms.norms[level].parameters()}
-            report.added |= {name: "no-op" for name, parameter in parameters.items() if parameter in added}
-    filled = {*report.tensors.values(), *report.added}
-    unfilled = [name for name in parameters if name not in filled and not name.endswith("log_learning_rates")]
+            for name in (name for name, parameter in parameters.items() if parameter in added):
+                report.origins[name] = "new: zero" if name.endswith("down_proj.weight") else "new: initialised"
+    unfilled = [name for name in parameters if name not in report.origins and not name.endswith("log_learning_rates")]
     if unfilled:
         raise ValueError(f"`source` has no tensor for {', '.join(map(repr, unfilled))}.")
     for layer_module in model.model.layers:

@@ -1,13 +1,32 @@
-"""What a conversion did: every tensor's fate, and how far the logits are from the source's."""
+"""What a conversion did: every tensor's fate and origin, what a memory takes, and how far the logits are from the source's."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
+import textwrap
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import chain, groupby
+from os.path import commonprefix
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from modeling_hope import HopeForCausalLM
+from modeling_hope.fast_weights import LEARNED_MAPS
+
+from .comparison import Comparison
 
 
 REPORT_FILE = "conversion_report.json"
+COLUMNS = 100
+NOT_NEEDED = "not needed"
+NEW = "new"
+LAYER = re.compile(r"\.(\d+)\.")
+ANY_LAYER = ".{}."
 
 
 @dataclass
@@ -17,39 +36,205 @@ class ConversionReport:
         source: what was converted.
         family: its `model_type`.
         strategy: how its MLPs became levels.
-        tensors: source tensor to its name in the Hope model.
-        added: tensors of the Hope model that no source tensor became, and what they start as.
-        parameters: of the Hope model.
-        memory_bytes_per_row: of what one row can learn, when every learning level has changed.
-        logits: `max_difference`, `range` and their `relative` on a probe, where they were compared.
+        fates: every source tensor to what became of it: a Hope tensor's name, several with `", "` between, or
+            `"not needed: "` and why.
+        origins: every Hope tensor to the source tensors, or the part of one, that it is made of, or `"new: "` and what it
+            starts as.
+        notes: what the source's config says and Hope's does not.
+        source_parameters: numbers in the source's tensors.
+        parameters: numbers in the Hope model's.
+        memory_bytes: what one sequence can learn, from `fast_weight_bytes`.
+        comparison: with the source, where they were compared.
     """
 
     source: str
     family: str
     strategy: str
-    tensors: dict[str, str] = field(default_factory=dict)
-    added: dict[str, str] = field(default_factory=dict)
+    fates: dict[str, str] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    source_parameters: int = 0
     parameters: int = 0
-    memory_bytes_per_row: int = 0
-    logits: dict[str, float] = field(default_factory=dict)
+    memory_bytes: dict[str, Any] = field(default_factory=dict)
+    comparison: Comparison | None = None
 
     def save(self, directory: Path) -> None:
-        (directory / REPORT_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        (directory / REPORT_FILE).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", "utf-8")
 
-    def table(self) -> str:
-        """The report in lines, for a terminal."""
+    @classmethod
+    def load(cls, path: str | Path) -> ConversionReport:
+        """
+        The report of a converted model's directory, or from a file.
+
+        Raises:
+            ValueError: it is none.
+            OSError: it cannot be read.
+        """
+        file = Path(path) / REPORT_FILE if Path(path).is_dir() else Path(path)
+        try:
+            fields = json.loads(file.read_text("utf-8"))
+            comparison = fields.pop("comparison")
+            return cls(**fields, comparison=None if comparison is None else Comparison(**comparison))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{file} is no conversion report: {error}.") from error
+
+    def summary(self) -> str:
+        """The figures in lines, for a terminal."""
+        unneeded = sum(fate.startswith(NOT_NEEDED) for fate in self.fates.values())
+        new = sum(origin.startswith(NEW) for origin in self.origins.values())
         rows = [
             ("source", f"{self.source} ({self.family})"),
             ("strategy", self.strategy),
-            ("tensors", f"{len(self.tensors)} mapped, {len(self.added)} added as no-ops, 0 left over"),
-            ("parameters", f"{self.parameters:,}"),
-            ("memory of a row", f"{self.memory_bytes_per_row / 2**20:,.0f} MiB when all levels have learned"),
+            ("tensors", f"{len(self.fates) - unneeded} mapped, {unneeded} not needed, {new} new, none left over"),
+            ("parameters", f"{self.parameters:,}, the source's {self.source_parameters:,}"),
+            *_memory_rows(self.memory_bytes),
+            *_comparison_rows(self.comparison),
         ]
-        if self.logits:
+        return "\n".join(f"{name:<16} {value}" for name, value in rows)
+
+    def table(self) -> str:
+        """The figures, what became of every tensor, layers that are alike on one line, and the notes."""
+        mapped = ((name, fate.split(", ")) for name, fate in self.fates.items() if not fate.startswith(NOT_NEEDED))
+        others = (
+            (n, [t]) for n, t in chain(self.fates.items(), self.origins.items()) if t.startswith((NOT_NEEDED, NEW))
+        )
+        parts = [self.summary(), _lines(mapped, "-> "), _lines(others)]
+        parts.append("\n".join(textwrap.fill(note, COLUMNS, subsequent_indent="  ") for note in self.notes))
+        return "\n\n".join(part for part in parts if part)
+
+
+def fast_weight_bytes(model: HopeForCausalLM, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """
+    What the levels' memory of one sequence takes, when all that can learn have learned.
+
+    `saved`: changes, with what the inner optimizer and the variant keep beside them. `in_use`: at most, while the model
+    reads on: with the sums of weight and change that weights of float32 are read with, and the gradients that wait for
+    levels slower than a segment. Keys, values and the mixers' states are not counted.
+
+    Args:
+        model: may be on the meta device.
+        dtype: of the weights it will be used with; unset, its own.
+
+    Returns:
+        `saved` and `in_use` in bytes, and `levels`: of each that learns its `level`, its `period` in tokens, `saved` and
+        `in_use`.
+    """
+    config, levels = model.config, []
+    for level in config.learning_levels:
+        weights = [
+            getattr(layer.cms.level(level), name).weight
+            for layer in model.model.layers
+            if level in layer.cms.held
+            for name in LEARNED_MAPS[config.cms_fast_weights]
+        ]
+        period = config.cms_periods[level]
+        momentum = config.cms_optimizer == "momentum"
+        initial = config.cms_variant == "nested" and level != config.learning_levels[-1]
+        waiting = period != config.segment_length
+        saved = in_use = 0
+        for weight in weights:
+            kept = dtype or weight.dtype
+            merged = kept in (torch.float32, torch.float64)
+            tensor = weight.numel() * torch.promote_types(kept, torch.float32).itemsize
+            saved += tensor * (1 + momentum + initial)
+            in_use += tensor * (1 + momentum + initial + waiting + merged)
+        levels.append({"level": level, "period": period, "saved": saved, "in_use": in_use})
+    return {**{kind: sum(level[kind] for level in levels) for kind in ("saved", "in_use")}, "levels": levels}
+
+
+def _memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:
+    if not memory:
+        return []
+    found = [("memory", f"of a sequence, all levels changed: {_memory(memory)}")]
+    for level in memory["levels"]:
+        found.append((f"  level {level['level']}", f"each {level['period']:,} tokens: {_memory(level)}"))
+    return found
+
+
+def _memory(sizes: dict[str, Any]) -> str:
+    return f"{_size(sizes['saved'])} saved, up to {_size(sizes['in_use'])} in use"
+
+
+def _size(number: int) -> str:
+    if number < 1024:
+        return f"{number} bytes"
+    power = min(int(math.log2(number)) // 10, 4)
+    size = number / 1024**power
+    return f"{size:,.{1 if size < 100 else 0}f} {('KiB', 'MiB', 'GiB', 'TiB')[power - 1]}"
+
+
+def _comparison_rows(found: Comparison | None) -> list[tuple[str, str]]:
+    if found is None:
+        return [("logits", "not compared")]
+    apart = f"max difference {found.max_difference:.1e}, {found.relative:.1e} of their range {found.range:.3g}"
+    rows = [
+        ("logits", apart),
+        ("", f"mean KL {found.kl:.1e} nats, at {found.probe_tokens} tokens of {found.probe}"),
+    ]
+    if found.greedy_tokens:
+        rows.append(("greedy", f"{found.greedy_agreement} of {found.greedy_tokens} tokens the same"))
+    return rows
+
+
+def _lines(pairs: Iterable[tuple[str, list[str]]], arrow: str = "") -> str:
+    """Names and what became of each, once for all layers where it is the same."""
+    layers: dict[tuple[str, str], list[str]] = {}
+    for name, told in pairs:
+        layer = match[1] if (match := LAYER.search(name)) else ""
+        alike = _any_layer(name, layer), _joined([_any_layer(other, layer) for other in told])
+        layers.setdefault(alike, []).append(layer)
+    blocks: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
+    for (name, told), held in layers.items():
+        head, rest = _parted(name)
+        told_head, told_rest = _parted(told)
+        blocks.setdefault((head, told_head, ",".join(held)), []).append((rest, told_rest))
+    rows = []
+    for (head, told_head, held), alike_rows in blocks.items():
+        if head:
+            numbers = [int(layer) for layer in held.split(",")]
+            one = len(numbers) == 1
+            target = f"{arrow}{told_head}.{held if one else '{}'}" if told_head else ""
             rows.append(
                 (
-                    "logits",
-                    f"max difference {self.logits['max_difference']:.1e}, {self.logits['relative']:.1e} of their range",
+                    f"{head}.{held if one else f'{{{_ranges(numbers)}}}'}",
+                    f"{target}  {'' if one else f'x{len(numbers)}'}",
                 )
             )
-        return "\n".join(f"{name:<16} {value}" for name, value in rows)
+        for name, told in alike_rows:
+            indented = "  " if told_head else ""
+            rows.append(("  " + name if head else name, f"{arrow}{indented}{told}"))
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(
+        f"{name:<{width}}  {told}".rstrip() if width + 2 + len(told) <= COLUMNS else f"{name}\n      {told}"
+        for name, told in rows
+    )
+
+
+def _any_layer(name: str, layer: str) -> str:
+    """A name in this layer, said of any; one in another stays as it is."""
+    match = LAYER.search(name)
+    return name.replace(match[0], ANY_LAYER, 1) if match and match[1] == layer else name
+
+
+def _parted(name: str) -> tuple[str, str]:
+    """`"model.layers.{}.input_layernorm.weight"` to what holds the layers, and what of a layer it is, from its dot."""
+    head, layer, rest = name.partition(ANY_LAYER)
+    return (head, f".{rest}") if layer else ("", name)
+
+
+def _joined(names: list[str]) -> str:
+    """Several names as one: what they begin and end with is said once."""
+    if len(names) == 1:
+        return names[0]
+    start = commonprefix(names)  # noqa: RUF071 (no paths)
+    start = start[: start.rfind(".") + 1]
+    end = commonprefix([name[len(start) :][::-1] for name in names])[::-1]  # noqa: RUF071
+    return f"{start}{{{','.join(name[len(start) : len(name) - len(end)] for name in names)}}}{end}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`[0, 1, 2, 5]` to `"0-2,5"`."""
+    runs = [
+        [number for _, number in run] for _, run in groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])
+    ]
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -1,0 +1,238 @@
+"""How far a converted model is from its source: logits on a probe, and greedy continuations."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import logging
+
+from modeling_hope import HopeForCausalLM
+
+from .progress import bars_shown
+
+
+PROBE_TOKENS = 128
+SHORTEST_PROBE = 16
+PROBE = (
+    "The lighthouse keeper wrote down every ship that passed, with its name, its flag and the hour, though nobody had "
+    'asked for the list in eleven years. "One day," she said, "somebody will want to know." It came to 4,312 ships.\n\n'
+    "def rolling_mean(values, window):\n"
+    '    """Mean of the last `window` values, at each position."""\n'
+    "    total, means = 0.0, []\n"
+    "    for index, value in enumerate(values):\n"
+    "        total += value - (values[index - window] if index >= window else 0)\n"
+    "        means.append(total / min(index + 1, window))\n"
+    "    return means\n",
+    "Am Abend stellte der Uhrmacher alle Zeiger auf zwölf und wartete. Nichts geschah, außer dass der Hund kurz den Kopf "
+    "hob. „Also gut“, murmelte er, „dann morgen noch einmal.“ Draußen begann es zu regnen, und die Straße roch nach Staub "
+    "und Linden.\n\n今日は雨が降っています。明日は晴れるでしょう。",
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    A Hope model next to its source, learning off, on a batch of two rows of which one is padded on the left.
+
+    Attributes:
+        probe: `"text"` or `"random ids"`.
+        probe_tokens: tokens at which logits were compared, padding left out.
+        max_difference: largest absolute difference of two logits.
+        range: largest less smallest logit of the source.
+        relative: `max_difference / range`.
+        kl: mean KL(source || hope), nats per token.
+        greedy_tokens: how many each row was continued by.
+        greedy_agreement: how many of them, from the first, are the same; of the row that parts first.
+    """
+
+    probe: str
+    probe_tokens: int
+    max_difference: float
+    range: float
+    relative: float
+    kl: float
+    greedy_tokens: int
+    greedy_agreement: int
+
+
+class Probe(NamedTuple):
+    """What both models read: `ids` and `mask` (1 for tokens, 0 for padding), `[2, width]` int64; `kind` as reported."""
+
+    kind: str
+    ids: torch.Tensor
+    mask: torch.Tensor
+
+
+class Answer(NamedTuple):
+    """Of one model: `logits` at the probe's tokens, `[tokens, vocab_size]`, and `greedy`, `[2, greedy_tokens]` int64."""
+
+    logits: torch.Tensor
+    greedy: torch.Tensor
+
+
+def compare(
+    source_model: Callable[[], PreTrainedModel],
+    hope_model: Callable[[], HopeForCausalLM],
+    tokenizer: Any = None,
+    *,
+    limit: int | None = None,
+    tokens: int = 64,
+) -> Comparison:
+    """
+    Compare a Hope model, learning off, with what it was converted from.
+
+    The models are made one after the other; the source is let go before the Hope model is made.
+
+    Args:
+        source_model: makes the source, in `eval()` mode, float32 where the figures are to show no rounding.
+        hope_model: makes the Hope model, in the same way.
+        tokenizer: of both. With one, the probe is English, code, German and Japanese; without, or where it knows too
+            little of these, random ids.
+        limit: most tokens a row may have, continuation included: positions a small model has, or the window it was given.
+        tokens: how many to continue each row by, where the limit allows.
+
+    Raises:
+        ValueError: `limit` is below 1 or `tokens` below 0, the tokenizer has ids that the source has no embeddings for,
+            or logits are not finite.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"`limit` must be at least 1, got {limit}.")
+    if tokens < 0:
+        raise ValueError(f"`tokens` must be 0 or more, got {tokens}.")
+    width = PROBE_TOKENS
+    if limit is not None:
+        tokens = min(tokens, max(limit - SHORTEST_PROBE, limit // 2))
+        width = min(width, limit - tokens)
+    with _quiet():
+        probe, expected = _ask_source(source_model, tokenizer, width, tokens)
+        gc.collect()  # a model may hold itself by a cycle, and the next one needs the room
+        given = _ask(hope_model(), probe, tokens, learn="off")
+    difference, kl = _differences(expected.logits, given.logits)
+    spread = float(expected.logits.max() - expected.logits.min())
+    same = (expected.greedy == given.greedy).int().cumprod(1).sum(1)
+    return Comparison(
+        probe=probe.kind,
+        probe_tokens=len(expected.logits),
+        max_difference=difference,
+        range=spread,
+        relative=difference / spread if spread else difference,
+        kl=kl,
+        greedy_tokens=tokens,
+        greedy_agreement=int(same.min()),
+    )
+
+
+def _ask_source(
+    source_model: Callable[[], PreTrainedModel], tokenizer: Any, width: int, tokens: int
+) -> tuple[Probe, Answer]:
+    model = source_model()
+    probe = _probe(model, tokenizer, width)
+    # Hope counts a row's own tokens. Unlike `generate()`, the stock `forward()` counts padding where it is not told.
+    positions = (probe.mask.cumsum(1) - 1).clamp(min=0).to(model.device)
+    return probe, _ask(model, probe, tokens, position_ids=positions)
+
+
+@torch.no_grad()
+def _ask(
+    model: PreTrainedModel, probe: Probe, tokens: int, position_ids: torch.Tensor | None = None, **options: Any
+) -> Answer:
+    """`options`: for `forward()` and `generate()`; `position_ids` for the former, the latter finds them itself."""
+    inputs = {"input_ids": probe.ids.to(model.device), "attention_mask": probe.mask.to(model.device), **options}
+    positions = {} if position_ids is None else {"position_ids": position_ids}
+    logits = model(**inputs, **positions, use_cache=False).logits[probe.mask.bool().to(model.device)].cpu()
+    if not logits.isfinite().all():
+        raise ValueError(
+            f"The {type(model).__name__} gives logits that are not finite: weights are damaged, or overflow."
+        )
+    if not tokens:
+        return Answer(logits, probe.ids[:, :0])
+    settings = GenerationConfig(max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    with _generation_config(model, settings):
+        sequences = model.generate(**inputs, generation_config=settings)
+    return Answer(logits, sequences[:, probe.ids.shape[1] :].cpu())
+
+
+@contextmanager
+def _generation_config(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """`generate()` takes from the model's own what a call leaves unset: ends of sequence, penalties, forced tokens."""
+    own = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _differences(expected: torch.Tensor, given: torch.Tensor) -> tuple[float, float]:
+    """Largest absolute difference, and mean KL(expected || given) in nats; some rows at a time, in float64."""
+    difference, kl = 0.0, 0.0
+    for ours, theirs in zip(expected.split(16), given.split(16), strict=True):
+        p, q = ours.double(), theirs.double()
+        difference = max(difference, float((p - q).abs().max()))
+        kl += float(F.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="sum", log_target=True))
+    return difference, max(kl / len(expected), 0.0)  # rounding may put it below
+
+
+def _probe(model: PreTrainedModel, tokenizer: Any, width: int) -> Probe:
+    """Two rows, one of `width` tokens and one of about two thirds, padded on the left."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    lengths = (width, max(width * 2 // 3, 1))
+    rows = _text_rows(tokenizer, lengths)
+    kind = "text" if rows else "random ids"
+    rows = rows or _random_rows(model, vocabulary, lengths)
+    largest = max(max(row) for row in rows)
+    if largest >= vocabulary:
+        raise ValueError(f"The tokenizer has the id {largest}, and the source has embeddings for {vocabulary} only.")
+    width = max(map(len, rows))
+    ids, mask = torch.zeros(2, width, dtype=torch.int64), torch.zeros(2, width, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        ids[index, width - len(row) :] = torch.tensor(row)
+        mask[index, width - len(row) :] = 1
+    return Probe(kind, ids, mask)
+
+
+def _text_rows(tokenizer: Any, lengths: Sequence[int]) -> list[list[int]]:
+    """The texts' first tokens; none when the tokenizer knows less than half of them."""
+    if tokenizer is None:
+        return []
+    rows = [tokenizer(text, verbose=False).input_ids[:length] for text, length in zip(PROBE, lengths, strict=True)]
+    read = [token for row in rows for token in row]
+    known = [token for token in read if token != tokenizer.unk_token_id]
+    return rows if all(rows) and 2 * len(known) >= len(read) else []
+
+
+def _random_rows(model: PreTrainedModel, vocabulary: int, lengths: Sequence[int]) -> list[list[int]]:
+    """The same for every model of a vocabulary, without the ids that its configs call special."""
+    special: set[Any] = set()
+    for config in (model.config.get_text_config(), model.generation_config):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            found = getattr(config, name, None)
+            special |= set(found) if isinstance(found, list) else {found}
+    ordinary = torch.tensor([token for token in range(vocabulary) if token not in special] or [0])
+    generator = torch.Generator().manual_seed(0)
+    return [ordinary[torch.randint(len(ordinary), (length,), generator=generator)].tolist() for length in lengths]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What Transformers would say of flags and lengths is no news here; its bars are for terminals."""
+    verbosity, hidden = logging.get_verbosity(), logging.is_progress_bar_enabled() and not bars_shown()
+    logging.set_verbosity_error()
+    if hidden:
+        logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if hidden:
+            logging.enable_progress_bar()
