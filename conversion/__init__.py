@@ -1,8 +1,8 @@
-"""Pretrained Transformers become Hope models whose logits are the same until they learn."""
+"""Pretrained Transformers become Hope models whose logits are the same until they learn, and Transformers again."""
 
-from .comparison import Comparison, compare
-from .convert import convert
+from .convert import convert, convert_checkpoint
+from .recipe import Recipe
 from .report import ConversionReport
 
 
-__all__ = ["Comparison", "ConversionReport", "compare", "convert"]
+__all__ = ["ConversionReport", "Recipe", "convert", "convert_checkpoint"]

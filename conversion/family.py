@@ -58,6 +58,7 @@ class Family:
         only: fields of the source's config that Hope serves with some values only.
         training: fields that act in training alone, and are not carried over: what each is.
         unused: fields that change nothing in a converted model.
+        aliases: source modules that some checkpoints, or models in memory, name otherwise: that name to the one here.
         ignored: source tensors that some checkpoints carry and Hope computes by itself.
     """
 
@@ -69,6 +70,7 @@ class Family:
     only: Mapping[str, Only] = field(default_factory=dict)
     training: Mapping[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
 
     def config_fields(self, config: Any) -> dict[str, Any]:
@@ -96,6 +98,11 @@ class Family:
             for name, what in self.training.items()
             if (value := getattr(config, name, None))
         ]
+
+    def canonical(self, name: str) -> str:
+        """A source tensor's name as `modules` has it, the decoder's prefix aside."""
+        module, _, kind = name.rpartition(".")
+        return f"{self.aliases.get(module, module)}.{kind}"
 
     def ignores(self, name: str) -> bool:
         """Whether Hope computes a source tensor by itself."""

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from modeling_hope import HopeForCausalLM
-from modeling_hope.fast_weights import LEARNED_MAPS
 
 from .comparison import Comparison
 
@@ -125,7 +124,7 @@ def fast_weight_bytes(model: HopeForCausalLM, dtype: torch.dtype | None = None) 
             getattr(layer.cms.level(level), name).weight
             for layer in model.model.layers
             if level in layer.cms.held
-            for name in LEARNED_MAPS[config.cms_fast_weights]
+            for name in config.learned_maps
         ]
         period = config.cms_periods[level]
         momentum = config.cms_optimizer == "momentum"

@@ -140,7 +140,9 @@ def plan_routes(
                     continue
                 route = Route(
                     f"{source.format(layer=layer)}.{kind}",
-                    tuple(_sized(part, module, kind, shapes) for part, module in zip(parts, fused.modules, strict=True)),
+                    tuple(
+                        _sized(part, module, kind, shapes) for part, module in zip(parts, fused.modules, strict=True)
+                    ),
                     config.num_attention_heads if fused.by_head else None,
                     fused.transposed and kind == "weight",
                 )
@@ -155,7 +157,11 @@ def _part(
     if layer is None:
         return [f"{module}.{kind}"]
     place, cms = places[layer], f"model.layers.{layer}.cms"
-    names = {"layer": layer, "mlp_norm": f"{cms}.norms.{place.norm}", "mlp_output_norm": f"{cms}.output_norms.{place.norm}"}
+    names = {
+        "layer": layer,
+        "mlp_norm": f"{cms}.norms.{place.norm}",
+        "mlp_output_norm": f"{cms}.output_norms.{place.norm}",
+    }
     if "{mlp}" not in module:
         return [f"{module.format(**names)}.{kind}"]
     return [f"{module.format(mlp=f'{cms}.levels.{index}', **names)}.{kind}" for index, _, _ in place.levels]

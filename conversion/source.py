@@ -16,7 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from .checkpoint_files import CheckpointFiles, TensorInfo
+from .checkpoint_files import CheckpointFiles
+from .tensor_info import TensorInfo
 from .config_file import read_config
 from .gguf_file import is_gguf, read_gguf_config, read_gguf_model, read_gguf_tokenizer
 from .hub import download_description, download_weights, is_hub_name

@@ -8,7 +8,7 @@ GEMMA3 = Family(
     model_type="gemma3_text",
     prefix="model.",
     fields={
-        **GEMMA_FIELDS,
+        **{name: field for name, field in GEMMA_FIELDS.items() if name != "attn_logit_softcapping"},
         "qk_norm": Derived((), lambda config: "head"),
         "rope_parameters": Derived(("rope_parameters",), lambda config: config.rope_parameters["full_attention"]),
         "local_rope_parameters": Derived(
@@ -22,5 +22,5 @@ GEMMA3 = Family(
     modules={**GEMMA_MODULES, **QK_NORM_MODULES},
     windows=windows_by_layer_type,
     only=CAUSAL,
-    unused=("use_cache", "sliding_window"),
+    unused=("use_cache", "sliding_window", "attn_logit_softcapping"),  # of which Transformers' own class makes no use
 )

@@ -33,6 +33,7 @@ GPT_NEOX = Family(
         "gpt_neox.layers.{layer}.mlp.dense_h_to_4h": "{mlp}.up_proj",
         "gpt_neox.layers.{layer}.mlp.dense_4h_to_h": "{mlp}.down_proj",
     },
+    aliases={"lm_head": "embed_out"},  # as Transformers 5 calls it in memory, and not in files
     training={"hidden_dropout": "dropout of what layers add"},
     unused=("use_cache", "classifier_dropout", "is_decoder"),
     ignored=(
