@@ -114,9 +114,9 @@ class CheckpointFiles:
             raise ValueError(
                 f"`source` {self.directory} lacks {SAFE_WEIGHTS_INDEX_NAME}, which says what is in {shards[0]} and others."
             )
-        ggufs = sorted(self.directory.glob("*.gguf"))
-        hint = f"give the file {ggufs[0]} itself" if ggufs else "give a directory with all its safetensors weights"
-        raise ValueError(f"`source` {self.directory} lacks {SAFE_WEIGHTS_NAME}: {hint}.")
+        raise ValueError(
+            f"`source` {self.directory} lacks {SAFE_WEIGHTS_NAME}: give a directory with all its safetensors weights."
+        )
 
     def infos(self) -> dict[str, TensorInfo]:
         """
