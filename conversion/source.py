@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from .checkpoint_files import CheckpointFiles, TensorInfo
@@ -82,7 +83,7 @@ class ModelSource(Source):
         # What the model is, and not what the checkpoint was that it came from.
         config.architectures = [type(model).__name__]
         check_vocabulary(tokenizer, config)
-        super().__init__(name, config, tokenizer, model.generation_config)
+        super().__init__(name, config, tokenizer, getattr(model, "generation_config", None))
         self._model = model
 
     def infos(self) -> dict[str, TensorInfo]:
@@ -101,9 +102,13 @@ class ModelSource(Source):
                 yield name, tensor
 
     def model(self) -> PreTrainedModel:
-        if self._model.dtype == torch.float32 and not self._model.training:
-            return self._model
-        return copy.deepcopy(self._model).float().eval()
+        if self._model.dtype != torch.float32:
+            # Made anew: a model that was cast has its rotary angles rounded too, which its config does not say.
+            with init.no_init_weights():
+                made = type(self._model)(copy.deepcopy(self._model.config)).float()
+            made.load_state_dict(self._model.state_dict())
+            return made.eval()
+        return copy.deepcopy(self._model).eval() if self._model.training else self._model
 
 
 class GgufSource(Source):
