@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 OTHER_INPUTS = ("vision_config", "audio_config")
 # What configs of state-space models call the size of their state.
-STATES = ("state_size", "mamba_d_state", "ssm_state_size", "mamba_state_dim")
+STATES = ("state_size", "mamba_d_state", "ssm_state_size")
 LANGUAGE_MODEL_HEADS = ("ForCausalLM", "LMHeadModel")
 
 
@@ -46,7 +46,7 @@ def _reason(config: Any, supported: list[str]) -> str | None:
         )
     text = getattr(config, "text_config", None)
     if text is not None or any(getattr(config, name, None) is not None for name in OTHER_INPUTS):
-        return f"model_type {model_type!r} is multimodal. {_language_model(text)}"
+        return f"model_type {model_type!r} is multimodal. {_language_model(text, supported)}"
     experts = next((name for name in EXPERTS if (getattr(config, name, None) or 0) > 1), None)
     if experts or model_type.endswith("_moe") or model_type in ("mixtral", "dbrx"):
         told = f" (`{experts}` is {getattr(config, experts)})" if experts else ""
@@ -67,12 +67,14 @@ def _reason(config: Any, supported: list[str]) -> str | None:
     return None
 
 
-def _language_model(text: Any) -> str:
+def _language_model(text: Any, supported: list[str]) -> str:
     """How to get at the language model of a multimodal one."""
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(getattr(text, "model_type", ""))
-    if name is None:
+    model_type = getattr(text, "model_type", None)
+    if model_type not in supported:
         return "Convert a language model."
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
     return (
         f"Its language model alone can be converted: load it as `whole`, make `text = {name}(whole.config.text_config)`, "
-        f"set `text.model = whole.model.language_model` and `text.lm_head = whole.lm_head`, and give `text`."
+        f"set `text.model = whole.model.language_model` and `text.lm_head = whole.lm_head`, and give `text`, or save it and "
+        f"give the directory."
     )

@@ -7,6 +7,7 @@ import pickle
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -65,7 +66,7 @@ class PickleFile:
 
 
 # What the two formats raise for a file that is not whole, or not theirs.
-DAMAGED = (SafetensorError, pickle.UnpicklingError, EOFError, KeyError, RuntimeError, ValueError)
+DAMAGED = (SafetensorError, pickle.UnpicklingError, EOFError, KeyError, OSError, RuntimeError, ValueError)
 
 
 class CheckpointFiles:
@@ -114,9 +115,9 @@ class CheckpointFiles:
             raise ValueError(
                 f"`source` {self.directory} lacks {SAFE_WEIGHTS_INDEX_NAME}, which says what is in {shards[0]} and others."
             )
-        ggufs = sorted(self.directory.glob("*.gguf"))
-        hint = f"give the file {ggufs[0]} itself" if ggufs else "give a directory with all its safetensors weights"
-        raise ValueError(f"`source` {self.directory} lacks {SAFE_WEIGHTS_NAME}: {hint}.")
+        raise ValueError(
+            f"`source` {self.directory} lacks {SAFE_WEIGHTS_NAME}: give a directory with all its safetensors weights."
+        )
 
     def infos(self) -> dict[str, TensorInfo]:
         """
@@ -189,11 +190,12 @@ def read_index(path: Path) -> dict[str, str]:
         ValueError: it is no index, or names a file outside its directory.
     """
     try:
-        places = json.loads(path.read_bytes())["weight_map"]
+        # Transformers loads no checkpoint whose index lacks `metadata`, whatever it says.
+        _, places = itemgetter("metadata", "weight_map")(json.loads(path.read_bytes()))
         files = {Path(file) for file in places.values()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"`source` has an index, {path}, that is not JSON with a `weight_map`: copy or download it again."
+            f"`source` has an index, {path}, that is not JSON with `metadata` and a `weight_map`: copy or download it again."
         ) from error
     outside = sorted(str(file) for file in files if len(file.parts) != 1 or file.parts == ("..",))
     if outside or not files:

@@ -32,7 +32,9 @@ def read_config(directory: Path, name: str) -> Any:
         )
     path = directory / CONFIG_NAME
     if not path.is_file():
-        raise ValueError(f"`source` {name} is neither a directory with a {CONFIG_NAME} nor a .gguf file.")
+        inside = sorted(file.name for file in directory.glob("*.gguf"))
+        hint = f": give one of the files in it, as {inside[0]}" if inside else ""
+        raise ValueError(f"`source` {name} is neither a directory with a {CONFIG_NAME} nor a .gguf file{hint}.")
     try:
         model_type = json.loads(path.read_bytes()).get("model_type")
     except (ValueError, AttributeError) as error:

@@ -1,9 +1,11 @@
-"""GGUF files: Transformers reads them; here is what it would pass over in silence."""
+"""GGUF files: Transformers reads them, and what it would pass over in silence is refused here."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,80 +16,112 @@ from transformers.utils import logging
 
 
 MAGIC = b"GGUF"
+# What llama.cpp keeps the factors of scaled rotary positions in.
+ROPE_TENSORS = ("rope_freqs", "rope_factors")
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether a file begins as a GGUF file does."""
-    with path.open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
-
-
-def read_gguf_config(path: Path) -> Any:
+class GgufFile:
     """
-    The Transformers config of a GGUF file. Its quantization is not said: the tensors come back at full precision.
+    A GGUF file.
 
     Raises:
         ImportError: the package gguf is not installed.
-        ValueError: the file is not whole, one part of several, or says what Transformers does not read.
+        ValueError: its header is not whole, it is one part of several, or it says what Transformers does not read.
     """
-    _check_header(path)
-    with _quiet(), _readable(path):
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    _drop_quantization(config)
-    return config
 
+    def __init__(self, path: Path):
+        self.path = path
+        fields = self._reader.fields
+        parts = fields["split.count"].contents() if "split.count" in fields else 1
+        if parts > 1:
+            raise ValueError(
+                f"`source` {path} is one part of {parts}: merge them with llama.cpp's `llama-gguf-split --merge`."
+            )
+        scaled = [tensor.name for tensor in self._reader.tensors if tensor.name.startswith(ROPE_TENSORS)]
+        scaled += [n for n, field in fields.items() if n.endswith(".rope.scaling.type") and field.contents() != "none"]
+        if scaled:
+            raise ValueError(
+                f"`source` {path} scales its rotary positions ({scaled[0]}), which Transformers does not read from GGUF: "
+                f"the logits would be wrong. Convert the safetensors checkpoint it was made from."
+            )
 
-def read_gguf_tokenizer(path: Path) -> Any:
-    """The tokenizer in a GGUF file, `None` where there is none."""
-    from gguf import GGUFReader
+    @staticmethod
+    def recognises(path: Path) -> bool:
+        """Whether a file begins as a GGUF file does."""
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
 
-    if "tokenizer.ggml.model" not in GGUFReader(path).fields:
-        return None
-    with _quiet(), _readable(path):
-        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    @cached_property
+    def _reader(self) -> Any:
+        try:
+            from gguf import GGUFReader
+        except ImportError as error:
+            raise ImportError("reading a GGUF file takes the package gguf") from error
+        with self._readable():
+            return GGUFReader(self.path)
 
+    def config(self) -> Any:
+        """Its Transformers config, without its quantization: the tensors come back at full precision."""
+        with _quiet(), self._readable():
+            config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        _drop_quantization(config)
+        return config
 
-def read_gguf_model(path: Path) -> PreTrainedModel:
-    """
-    The model in a GGUF file, in float32.
+    def tokenizer(self, vocab_size: int) -> Any:
+        """
+        Its tokenizer, `None` where it has none.
 
-    Raises:
-        ValueError: the file is not whole, or lacks tensors of its model.
-    """
-    options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
-    if hasattr(transformers, "GgufConfig"):
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with _quiet(), _readable(path):
-        model, loading = AutoModelForCausalLM.from_pretrained(path.parent, output_loading_info=True, **options)
-    if loading["missing_keys"]:
-        raise ValueError(f"`source` {path} lacks {', '.join(sorted(loading['missing_keys']))}.")
-    _drop_quantization(model.config)
-    return model.eval()
+        Raises:
+            ValueError: it lists more tokens than the model has embeddings for. An end of text that Transformers may add of
+                its own after them is not the file's fault.
+        """
+        fields = self._reader.fields
+        if "tokenizer.ggml.model" not in fields or "tokenizer.ggml.tokens" not in fields:
+            return None
+        tokens = len(fields["tokenizer.ggml.tokens"].data)
+        if tokens > vocab_size:
+            raise ValueError(
+                f"The tokenizer of `source` {self.path} disagrees with the model's `vocab_size`: it has {tokens} tokens, "
+                f"and the model {vocab_size} embeddings. Make the file again, or give another tokenizer (`tokenizer`)."
+            )
+        with _quiet(), self._readable():
+            return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
 
+    def model(self) -> PreTrainedModel:
+        """
+        Its model, in float32.
 
-def _check_header(path: Path) -> None:
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise ImportError("Reading a GGUF file takes the package gguf") from error
-    with _readable(path):
-        reader = GGUFReader(path)
-    parts = reader.fields.get("split.count")
-    if parts is not None and parts.contents() > 1:
-        raise ValueError(
-            f"`source` {path} is one part of {parts.contents()}: merge them with llama.cpp's `llama-gguf-split --merge`."
-        )
-    scaled = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_f")]
-    scaled += [
-        name
-        for name, field in reader.fields.items()
-        if name.endswith(".rope.scaling.type") and field.contents() != "none"
-    ]
-    if scaled:
-        raise ValueError(
-            f"`source` {path} scales its rotary positions ({scaled[0]}), which Transformers does not read from GGUF: "
-            f"the logits would be wrong. Convert the safetensors checkpoint it was made from."
-        )
+        Raises:
+            ValueError: it lacks tensors of its model, or has some that Transformers has no place for.
+        """
+        options: dict[str, Any] = {"gguf_file": self.path.name, "dtype": torch.float32}
+        if hasattr(transformers, "GgufConfig"):
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        with _quiet(), self._readable():
+            model, loading = AutoModelForCausalLM.from_pretrained(self.path.parent, output_loading_info=True, **options)
+        if loading["missing_keys"]:
+            raise ValueError(f"`source` {self.path} lacks {', '.join(sorted(loading['missing_keys']))}.")
+        # Transformers leaves out what it does not know and says nothing. It rearranges the rest, number for number.
+        held = sum(math.prod(int(size) for size in tensor.shape) for tensor in self._reader.tensors)
+        taken = sum(parameter.numel() for parameter in model.parameters())
+        if held != taken:
+            raise ValueError(
+                f"`source` {self.path} holds {held:,} numbers, and Transformers takes {taken:,} for its "
+                f"{type(model).__name__}: some would be lost. Convert the safetensors checkpoint it was made from."
+            )
+        _drop_quantization(model.config)
+        return model.eval()
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except ImportError:
+            raise
+        except Exception as error:  # gguf, NumPy and tokenizers raise what has no narrower class in common
+            raise ValueError(
+                f"`source` {self.path} is not whole, or not a GGUF file that Transformers reads: {error}"
+            ) from error
 
 
 def _drop_quantization(config: Any) -> None:
@@ -97,19 +131,14 @@ def _drop_quantization(config: Any) -> None:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, KeyError, IndexError, TypeError, OSError, RuntimeError) as error:
-        raise ValueError(f"`source` {path} cannot be read as GGUF: {error}. Is the file whole?") from error
-
-
-@contextmanager
 def _quiet() -> Iterator[None]:
     """Transformers remarks on every file that a directory would have and a GGUF file has not."""
-    level = logging.get_verbosity()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

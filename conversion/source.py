@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers import initialization as init
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from .checkpoint_files import CheckpointFiles
 from .tensor_info import TensorInfo
 from .config_file import read_config
-from .gguf_file import is_gguf, read_gguf_config, read_gguf_model, read_gguf_tokenizer
+from .gguf_file import GgufFile
 from .hub import download_description, download_weights, is_hub_name
 from .tokenizer_files import check_vocabulary, read_tokenizer
 
@@ -82,7 +83,8 @@ class ModelSource(Source):
         config = copy.deepcopy(model.config)
         # What the model is, and not what the checkpoint was that it came from.
         config.architectures = [type(model).__name__]
-        super().__init__(name, config, tokenizer, model.generation_config)
+        check_vocabulary(tokenizer, config)
+        super().__init__(name, config, tokenizer, getattr(model, "generation_config", None))
         self._model = model
 
     def infos(self) -> dict[str, TensorInfo]:
@@ -101,23 +103,29 @@ class ModelSource(Source):
                 yield name, tensor
 
     def model(self) -> PreTrainedModel:
-        if self._model.dtype == torch.float32 and not self._model.training:
-            return self._model
-        return copy.deepcopy(self._model).float().eval()
+        if self._model.dtype != torch.float32:
+            # Made anew: a model that was cast has its rotary angles rounded too, which its config does not say.
+            with init.no_init_weights():
+                made = type(self._model)(copy.deepcopy(self._model.config)).float()
+            made.load_state_dict(self._model.state_dict())
+            return made.eval()
+        return copy.deepcopy(self._model).eval() if self._model.training else self._model
 
 
 class GgufSource(Source):
     """A GGUF file, which Transformers reads whole and at full precision when its tensors are asked for."""
 
     def __init__(self, path: Path, tokenizer: Any = None):
-        config = read_gguf_config(path)
-        tokenizer = read_gguf_tokenizer(path) if tokenizer is None else tokenizer
+        self.file = GgufFile(path)
+        config = self.file.config()
+        check_vocabulary(tokenizer, config)
+        if tokenizer is None:
+            tokenizer = self.file.tokenizer(config.vocab_size)
         super().__init__(str(path), config, tokenizer, GenerationConfig.from_model_config(config))
-        self.path = path
 
     @cached_property
     def _loaded(self) -> ModelSource:
-        return ModelSource(read_gguf_model(self.path), self.name)
+        return ModelSource(self.file.model(), self.name)
 
     def infos(self) -> dict[str, TensorInfo]:
         return self._loaded.infos()
@@ -150,7 +158,9 @@ class DirectorySource(Source):
     ):
         name = name or str(directory)
         config = read_config(directory, name)
-        super().__init__(name, config, read_tokenizer(directory) if tokenizer is None else tokenizer)
+        tokenizer = read_tokenizer(directory) if tokenizer is None else tokenizer
+        check_vocabulary(tokenizer, config)
+        super().__init__(name, config, tokenizer)
         if (directory / GENERATION_CONFIG_NAME).is_file():
             self.generation_config = GenerationConfig.from_pretrained(directory)
         self.directory = directory
@@ -204,11 +214,7 @@ def open_source(
         place, tokenizer = tokenizer, read_tokenizer(tokenizer)
         if tokenizer is None:
             raise ValueError(f"`tokenizer` {place} holds no tokenizer.")
-    opened = _open(source, tokenizer, revision, allow_pickle)
-    vocab_size = getattr(opened.config, "vocab_size", None)
-    if opened.tokenizer is not None and vocab_size is not None:
-        check_vocabulary(opened.tokenizer, vocab_size)
-    return opened
+    return _open(source, tokenizer, revision, allow_pickle)
 
 
 def _open(source: Any, tokenizer: Any, revision: str | None, allow_pickle: bool) -> Source:
@@ -231,7 +237,9 @@ def _open(source: Any, tokenizer: Any, revision: str | None, allow_pickle: bool)
         return DirectorySource(path, tokenizer=tokenizer, allow_pickle=allow_pickle)
     if not path.exists():
         raise ValueError(f"`source` {source} does not exist, and is no name on the hub (owner/name).")
-    if not is_gguf(path):
-        hint = f" Give its directory, {path.parent}." if (path.parent / "config.json").is_file() else ""
-        raise ValueError(f"`source` {path} is neither a directory with a config.json nor a .gguf file.{hint}")
+    if not GgufFile.recognises(path):
+        raise ValueError(
+            f"`source` {path} is neither a directory with a {CONFIG_NAME} nor a .gguf file: "
+            f"of safetensors, give the directory that holds them and their config."
+        )
     return GgufSource(path, tokenizer)

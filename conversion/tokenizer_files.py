@@ -31,11 +31,16 @@ def read_tokenizer(place: str | Path) -> Any:
         ) from error
 
 
-def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+def check_vocabulary(tokenizer: Any, config: Any) -> None:
     """
+    Nothing to check where there is no tokenizer, or the config has no `vocab_size`.
+
     Raises:
         ValueError: a token of text has an id that the model has no embedding for.
     """
+    vocab_size = getattr(config, "vocab_size", None)
+    if tokenizer is None or vocab_size is None:
+        return
     placeholders = {getattr(tokenizer, name, None) for name in PLACEHOLDERS}
     outside = {
         token: index
