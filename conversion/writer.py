@@ -19,7 +19,7 @@ __all__ = ["CheckpointWriter", "staged_directory"]
 
 
 DTYPE_NAMES = {dtype: name for name, dtype in str_to_torch_dtype.items()}
-WRITTEN_AT_ONCE = 2**24  # bytes: what a cast or a transposed view needs beside the tensor itself
+WRITTEN_AT_ONCE = 2**20  # bytes: little enough for the allocator to use the room of one cast for the next
 
 
 class CheckpointWriter:
