@@ -19,7 +19,7 @@ __all__ = ["CheckpointWriter", "staged_directory"]
 
 
 DTYPE_NAMES = {dtype: name for name, dtype in str_to_torch_dtype.items()}
-WRITTEN_AT_ONCE = 2**24  # bytes: what a cast or a transposed view needs beside the tensor itself
+WRITTEN_AT_ONCE = 2**20  # bytes: little enough for the allocator to use the room of one cast for the next
 
 
 class CheckpointWriter:
@@ -76,7 +76,6 @@ class CheckpointWriter:
         for name in names:
             self._offsets[name] += data
 
-    @torch.no_grad()
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """
         Write a tensor, cast to the dtype that its info says; it may be a view, and share its storage with others.
@@ -94,11 +93,11 @@ class CheckpointWriter:
             raise ValueError(f"Tensor {name!r} is {tuple(tensor.shape)}, its place in the checkpoint {info.shape}.")
         with (self.directory / self.split.tensor_to_filename[name]).open("r+b") as file:
             file.seek(self._offsets[name])
-            for part in _parts(tensor):
+            for part in _parts(tensor.detach()):
                 cast = part.to("cpu", info.dtype).contiguous()
                 if _narrows(part.dtype, info.dtype) and bool((cast.isinf() & part.isfinite().cpu()).any()):
                     raise ValueError(f"Tensor {name!r} has values too large for {info.dtype}: choose another dtype.")
-                file.write(cast.view(-1).view(torch.uint8).numpy())
+                file.write(cast.view(-1).view(torch.uint8).numpy().data)
         del self.missing[name]
 
     def close(self) -> None:
