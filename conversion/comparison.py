@@ -31,9 +31,9 @@ PROBE = (
     "        total += value - (values[index - window] if index >= window else 0)\n"
     "        means.append(total / min(index + 1, window))\n"
     "    return means\n",
-    "Am Abend stellte der Uhrmacher alle Zeiger auf zwölf und wartete. Nichts geschah, außer dass der Hund kurz den Kopf "
-    "hob. „Also gut“, murmelte er, „dann morgen noch einmal.“ Draußen begann es zu regnen, und die Straße roch nach Staub "
-    "und Linden.\n\n今日は雨が降っています。明日は晴れるでしょう。",
+    "Am Abend stellte der Uhrmacher alle Zeiger auf zwölf und wartete.\n\n今日は雨が降っています。明日は晴れるでしょう。\n\n"
+    "Nichts geschah, außer dass der Hund kurz den Kopf hob. „Also gut“, murmelte er, „dann morgen noch einmal.“ Draußen "
+    "begann es zu regnen, und die Straße roch nach Staub und Linden.",
 )
 
 

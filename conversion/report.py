@@ -166,10 +166,10 @@ def _size(number: int) -> str:
 def _comparison_rows(found: Comparison | None) -> list[tuple[str, str]]:
     if found is None:
         return [("logits", "not compared")]
-    apart = f"max difference {found.max_difference:.1e}, {found.relative:.1e} of their range {found.range:.3g}"
+    largest, relative, kl = (f"{x:.1e}" if x else "0" for x in (found.max_difference, found.relative, found.kl))
     rows = [
-        ("logits", apart),
-        ("", f"mean KL {found.kl:.1e} nats, at {found.probe_tokens} tokens of {found.probe}"),
+        ("logits", f"max difference {largest}, {relative} of their range {found.range:.3g}"),
+        ("", f"mean KL {kl} nats a token, over {found.probe_tokens} tokens of {found.probe}"),
     ]
     if found.greedy_tokens:
         rows.append(("greedy", f"{found.greedy_agreement} of {found.greedy_tokens} tokens the same"))
