@@ -47,7 +47,7 @@ class Comparison:
         probe_tokens: tokens at which logits were compared, padding left out.
         max_difference: largest absolute difference of two logits.
         range: largest less smallest logit of the source.
-        relative: `max_difference / range`.
+        relative: `max_difference / range`; where the source's logits are all the same, `max_difference`.
         kl: mean KL(source || hope), nats per token.
         greedy_tokens: how many each row was continued by.
         greedy_agreement: how many of them, from the first, are the same; of the row that parts first.

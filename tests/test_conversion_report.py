@@ -22,7 +22,7 @@ from .conftest import chat_tokenizer, random_ids, read, tiny_model
 def llama(**fields):
     torch.manual_seed(0)
     options = {
-        "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 32, "initializer_range": 0.3, "tie_word_embeddings": False,
     }  # fmt: skip
     return LlamaForCausalLM(LlamaConfig(**{**options, **fields})).eval()
@@ -62,6 +62,10 @@ def test_figures_of_logits_that_were_scaled():
     kl = float((expected[0].exp() * (expected[0] - expected[1])).sum(-1).mean())
     assert kl > 0.01 and found.kl == pytest.approx(kl, rel=1e-4)
     assert found.greedy_agreement == 64  # scaling moves no maximum
+    with torch.no_grad():
+        source.lm_head.weight.zero_()
+    flat = compare(lambda: source, lambda: hope, tokens=1)
+    assert flat.range == 0 and flat.relative == flat.max_difference > 0
 
 
 def test_greedy_agreement_counts_to_the_first_token_that_differs():
@@ -253,6 +257,7 @@ def test_table_says_layers_that_are_alike_once():
             for i in range(12)
         },
         **{f"model.layers.{i}.inv_freq": "not needed: computed, not stored" for i in range(12)},
+        **{f"transformer.h.{i}.ln_1.weight": f"model.layers.{i}.input_layernorm.weight" for i in range(12)},
         "model.layers.3.odd": "model.layers.3.even",
         "model.layers.4.swapped": "model.layers.5.swapped",
         "model.layers.5.swapped": "model.layers.4.swapped",
@@ -272,6 +277,7 @@ def test_table_says_layers_that_are_alike_once():
         ["model.layers.{0,2,4,6,8,10} -> model.layers.{} x6", ".mlp.up.weight -> .cms.levels.0.up.weight"],
         ["model.layers.{1,3,5,7,9,11} -> model.layers.{} x6", ".mlp.up.weight -> .cms.levels.1.up.weight"],
         ["model.layers.{0-2,7,9-10} -> model.layers.{} x6", ".norm -> .cms.norms.0"],
+        ["transformer.h.{0-11} -> model.layers.{} x12", ".ln_1.weight -> .input_layernorm.weight"],
         ["model.layers.3 -> model.layers.3", ".odd -> .even"],
         ["model.layers.4", ".swapped -> model.layers.5.swapped"],
         ["model.layers.5", ".swapped -> model.layers.4.swapped"],
@@ -282,7 +288,7 @@ def test_table_says_layers_that_are_alike_once():
         start = squeezed.index(block[0])
         assert squeezed[start : start + len(block)] == block
     assert max(map(len, lines)) <= 100
-    assert "tensors 46 mapped, 12 not needed, 12 new, none left over" in squeezed
+    assert "tensors 58 mapped, 12 not needed, 12 new, none left over" in squeezed
     assert "logits not compared" in squeezed and "greedy" not in table
 
 
@@ -298,7 +304,7 @@ def test_a_real_report_in_lines_and_in_a_file(tmp_path):
     assert loaded.comparison.greedy_agreement == 64 and loaded.memory_bytes["levels"][1]["period"] == 8
     lines = [" ".join(line.split()) for line in made.table().splitlines()]
     assert {"greedy 64 of 64 tokens the same", "strategy stack"} < set(lines)
-    assert "level 0 each 4 tokens: 4.5 KiB saved, up to 9.0 KiB in use" in lines
+    assert "level 0 each 4 tokens: 2.2 KiB saved, up to 4.5 KiB in use" in lines
     assert made.table().startswith(made.summary())
     made.comparison, made.notes = None, ["ä: ö"]
     made.save(tmp_path)
