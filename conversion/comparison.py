@@ -31,9 +31,9 @@ PROBE = (
     "        total += value - (values[index - window] if index >= window else 0)\n"
     "        means.append(total / min(index + 1, window))\n"
     "    return means\n",
-    "Am Abend stellte der Uhrmacher alle Zeiger auf zwölf und wartete. Nichts geschah, außer dass der Hund kurz den Kopf "
-    "hob. „Also gut“, murmelte er, „dann morgen noch einmal.“ Draußen begann es zu regnen, und die Straße roch nach Staub "
-    "und Linden.\n\n今日は雨が降っています。明日は晴れるでしょう。",
+    "Am Abend stellte der Uhrmacher alle Zeiger auf zwölf und wartete.\n\n今日は雨が降っています。明日は晴れるでしょう。\n\n"
+    "Nichts geschah, außer dass der Hund kurz den Kopf hob. „Also gut“, murmelte er, „dann morgen noch einmal.“ Draußen "
+    "begann es zu regnen, und die Straße roch nach Staub und Linden.",
 )
 
 
@@ -47,7 +47,7 @@ class Comparison:
         probe_tokens: tokens at which logits were compared, padding left out.
         max_difference: largest absolute difference of two logits.
         range: largest less smallest logit of the source.
-        relative: `max_difference / range`.
+        relative: `max_difference / range`; where the source's logits are all the same, `max_difference`.
         kl: mean KL(source || hope), nats per token.
         greedy_tokens: how many each row was continued by.
         greedy_agreement: how many of them, from the first, are the same; of the row that parts first.

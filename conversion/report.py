@@ -6,7 +6,7 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain, groupby
 from os.path import commonprefix
@@ -165,47 +165,40 @@ def _size(number: int) -> str:
 def _comparison_rows(found: Comparison | None) -> list[tuple[str, str]]:
     if found is None:
         return [("logits", "not compared")]
-    apart = f"max difference {found.max_difference:.1e}, {found.relative:.1e} of their range {found.range:.3g}"
+    largest, relative, kl = (f"{x:.1e}" if x else "0" for x in (found.max_difference, found.relative, found.kl))
     rows = [
-        ("logits", apart),
-        ("", f"mean KL {found.kl:.1e} nats, at {found.probe_tokens} tokens of {found.probe}"),
+        ("logits", f"max difference {largest}, {relative} of their range {found.range:.3g}"),
+        ("", f"mean KL {kl} nats a token, over {found.probe_tokens} tokens of {found.probe}"),
     ]
     if found.greedy_tokens:
         rows.append(("greedy", f"{found.greedy_agreement} of {found.greedy_tokens} tokens the same"))
     return rows
 
 
-def _lines(pairs: Iterable[tuple[str, list[str]]], arrow: str = "") -> str:
+def _lines(fates: Iterable[tuple[str, list[str]]], arrow: str = "") -> str:
     """Names and what became of each, once for all layers where it is the same."""
     layers: dict[tuple[str, str], list[str]] = {}
-    for name, told in pairs:
+    for name, targets in fates:
         layer = match[1] if (match := LAYER.search(name)) else ""
-        alike = _any_layer(name, layer), _joined([_any_layer(other, layer) for other in told])
+        alike = _any_layer(name, layer), _joined([_any_layer(target, layer) for target in targets])
         layers.setdefault(alike, []).append(layer)
-    blocks: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
+    blocks: dict[tuple[str, str, tuple[str, ...]], list[tuple[str, str]]] = {}
     for (name, told), held in layers.items():
-        head, rest = _parted(name)
-        told_head, told_rest = _parted(told)
-        blocks.setdefault((head, told_head, ",".join(held)), []).append((rest, told_rest))
+        (head, left), (told_head, right) = _parted(name), _parted(told)
+        blocks.setdefault((head, told_head, tuple(held)), []).append((left, right))
     rows = []
-    for (head, told_head, held), alike_rows in blocks.items():
-        if head:
-            numbers = [int(layer) for layer in held.split(",")]
-            one = len(numbers) == 1
-            target = f"{arrow}{told_head}.{held if one else '{}'}" if told_head else ""
-            rows.append(
-                (
-                    f"{head}.{held if one else f'{{{_ranges(numbers)}}}'}",
-                    f"{target}  {'' if one else f'x{len(numbers)}'}",
-                )
-            )
-        for name, told in alike_rows:
-            indented = "  " if told_head else ""
-            rows.append(("  " + name if head else name, f"{arrow}{indented}{told}"))
-    width = max((len(name) for name, _ in rows), default=0)
+    for (head, told_head, held_by), parts in blocks.items():
+        if not head:
+            rows += [(left, arrow + right) for left, right in parts]
+            continue
+        one = len(held_by) == 1
+        target = f"{arrow}{told_head}.{held_by[0] if one else '{}'}" if told_head else ""
+        rows.append((f"{head}.{_ranges(held_by)}", target if one else f"{target}  x{len(held_by)}"))
+        rows += [(f"  {left}", f"{arrow}{'  ' if told_head else ''}{right}") for left, right in parts]
+    width = max((len(left) for left, _ in rows), default=0)
     return "\n".join(
-        f"{name:<{width}}  {told}".rstrip() if width + 2 + len(told) <= COLUMNS else f"{name}\n      {told}"
-        for name, told in rows
+        f"{left:<{width}}  {right}".rstrip() if width + 2 + len(right) <= COLUMNS else f"{left}\n      {right}"
+        for left, right in rows
     )
 
 
@@ -231,9 +224,10 @@ def _joined(names: list[str]) -> str:
     return f"{start}{{{','.join(name[len(start) : len(name) - len(end)] for name in names)}}}{end}"
 
 
-def _ranges(numbers: list[int]) -> str:
-    """`[0, 1, 2, 5]` to `"0-2,5"`."""
-    runs = [
-        [number for _, number in run] for _, run in groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])
-    ]
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+def _ranges(layers: Sequence[str]) -> str:
+    """`"0", "1", "2", "5"` to `"{0-2,5}"`; one alone as it is."""
+    if len(layers) == 1:
+        return layers[0]
+    ordered = enumerate(sorted(map(int, layers)))
+    runs = [[number for _, number in run] for _, run in groupby(ordered, lambda pair: pair[1] - pair[0])]
+    return f"{{{','.join(f'{run[0]}-{run[-1]}' if len(run) > 1 else str(run[0]) for run in runs)}}}"
