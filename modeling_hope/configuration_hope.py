@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 MIXERS = ("hope_memory", "full_attention", "sliding_attention")
@@ -24,8 +25,17 @@ NORM_PLACEMENTS = ("pre", "post", "both")
 QK_NORMS = ("head", "all")
 ROPES = ("global", "local")
 LARGEST_MEMORY_HEAD = 256  # the widest head that kernels serve
+ROPE_FIELDS = ("rope_parameters", "local_rope_parameters")
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
+SCALES = (
+    "attention_multiplier",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "residual_multiplier",
+    "embedding_multiplier",
+    "logits_scaling",
+)
 PER_LEVEL_FIELDS = ("intermediate_size", "cms_learning_rates", "cms_decay", "cms_norm_placement")
 PER_LAYER_FIELDS = ("sliding_window", "attention_sinks", "attention_multiplier", "layer_ropes")
 
@@ -337,6 +347,10 @@ class HopeConfig(PreTrainedConfig):
             held_at_most = max((len(held) for held in self.cms_levels_per_layer), default=1)
             maps = 3 if self.gated_mlp else 2
             self.intermediate_size = _llama_intermediate_size(self.hidden_size, max(held_at_most, 1), maps)
+        for name in ROPE_FIELDS:
+            rope = getattr(self, name)
+            if isinstance(rope, dict):
+                setattr(self, name, {k: list(v) if isinstance(v, tuple) else v for k, v in rope.items()})
         for name in (*PER_LEVEL_FIELDS, *PER_LAYER_FIELDS):
             if isinstance(getattr(self, name), tuple):
                 setattr(self, name, list(getattr(self, name)))
@@ -503,10 +517,17 @@ class HopeConfig(PreTrainedConfig):
             )
         if self.qk_norm is not None:
             _one_of("qk_norm", self.qk_norm, QK_NORMS)
-        for name in ("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"`{name}` must be above 0, got {value}.")
+        for name in SCALES:
+            for value in _one_per_layer(getattr(self, name), 1):
+                if value is not None and not 0 < value < math.inf:
+                    raise ValueError(f"`{name}` must be above 0 and finite, got {getattr(self, name)}.")
+        if not math.isfinite(self.norm_weight_offset):
+            raise ValueError(f"`norm_weight_offset` must be finite, got {self.norm_weight_offset}.")
+        if self.norm_weight_offset and self.norm_type != "rms_norm":
+            raise ValueError(
+                f"`norm_weight_offset` is added to the weights of RMSNorms: with norm_type={self.norm_type!r} leave it 0, and "
+                "add it to the weights."
+            )
 
     def validate_positions(self) -> None:
         """Part of the strict validation of Transformers' configs."""
@@ -515,22 +536,43 @@ class HopeConfig(PreTrainedConfig):
                 _one_of("layer_ropes", rope, ROPES)
         if "local" in (self.layer_ropes or []) and self.local_rope_parameters is None:
             raise ValueError("`layer_ropes` has 'local' and `local_rope_parameters` is not set: set it.")
-        for name in ("rope_parameters", "local_rope_parameters"):
-            parameters = getattr(self, name) or {}
-            kind = parameters.get("rope_type", "default")
-            if kind in LENGTH_DEPENDENT_ROPE and not _same_at_all_lengths(parameters):
-                raise ValueError(
-                    f"`{name}` has rope_type {kind!r}, whose angles depend on the length of the call: the same text read in "
-                    "one call or in several would give different outputs. Use 'default', 'linear', 'yarn' or 'llama3', or "
-                    "'longrope' with equal `short_factor` and `long_factor`."
-                )
-            assert self.head_dim is not None
-            turned = int(self.head_dim * parameters.get("partial_rotary_factor", 1.0))
-            if turned < 2 or turned % 2 or turned > self.head_dim:
-                raise ValueError(
-                    f"`{name}` has partial_rotary_factor {parameters['partial_rotary_factor']}, which turns {turned} of "
-                    f"`head_dim` {self.head_dim} features: pairs are turned, give a factor that makes their number even."
-                )
+        if self.max_position_embeddings < 1:
+            raise ValueError(f"`max_position_embeddings` must be at least 1, got {self.max_position_embeddings}.")
+        for name in ROPE_FIELDS:
+            self._check_rope(name, getattr(self, name) or {})
+
+    def _check_rope(self, name: str, parameters: dict[str, Any]) -> None:
+        nested = next((key for key, value in parameters.items() if isinstance(value, dict)), None)
+        if nested is not None:
+            raise ValueError(
+                f"`{name}` has a dict for {nested!r}: give the parameters of one rope here, those of another as "
+                "`local_rope_parameters`, and say in `layer_ropes` which layer has which."
+            )
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+            known = ", ".join(map(repr, ["default", *ROPE_INIT_FUNCTIONS]))
+            raise ValueError(f"`{name}` has rope_type {kind!r}: Transformers has {known}.")
+        if kind in LENGTH_DEPENDENT_ROPE and not (kind == "longrope" and _same_at_all_lengths(parameters)):
+            raise ValueError(
+                f"`{name}` has rope_type {kind!r}, whose angles depend on the length of the call: the same text read in one "
+                "call or in several would give different outputs. Use 'default', 'linear', 'yarn' or 'llama3', or "
+                "'longrope' with equal `short_factor` and `long_factor`."
+            )
+        theta, part = parameters.get("rope_theta"), parameters.get("partial_rotary_factor", 1.0)
+        if theta is not None and not (isinstance(theta, int | float) and 0 < theta < math.inf):
+            raise ValueError(f"`{name}` has rope_theta {theta!r}: give a number above 0.")
+        assert self.head_dim is not None
+        turned = int(self.head_dim * part) if isinstance(part, int | float) and 0 < part <= 1 else 0
+        if turned < 2 or turned % 2:
+            raise ValueError(
+                f"`{name}` has partial_rotary_factor {part!r}, which turns {turned} of `head_dim` {self.head_dim} features: "
+                "pairs are turned, give a factor of at most 1 that makes their number even."
+            )
+        if kind == "longrope" and len(parameters["short_factor"]) != turned // 2:
+            raise ValueError(
+                f"`{name}` has {len(parameters['short_factor'])} factors in `short_factor` for {turned // 2} pairs that are "
+                "turned: give one for each."
+            )
 
     def validate_self_modifying_memory(self) -> None:
         """Part of the strict validation of Transformers' configs."""
@@ -583,8 +625,8 @@ class HopeConfig(PreTrainedConfig):
             values = getattr(self, name)
             if isinstance(values, list) and len(values) != levels:
                 raise ValueError(
-                    f"`{name}` has {len(values)} entries for {levels} levels in `cms_periods`: give one number for all, "
-                    "or one per level."
+                    f"`{name}` has {len(values)} entries for {levels} levels in `cms_periods`: give one for all, or one "
+                    "per level."
                 )
         if any(size < 1 for size in self.level_intermediate_sizes):
             raise ValueError(f"`intermediate_size` must be at least 1 for every level, got {self.intermediate_size}.")
@@ -637,8 +679,8 @@ def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"`{field}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
 
 
-def _same_at_all_lengths(rope: dict[str, Any]) -> bool:
-    return rope["rope_type"] == "longrope" and rope.get("short_factor") == rope.get("long_factor")
+def _same_at_all_lengths(longrope: dict[str, Any]) -> bool:
+    return "short_factor" in longrope and longrope["short_factor"] == longrope.get("long_factor")
 
 
 def _check_periods(periods: list[int | None] | tuple[int | None, ...]) -> None:

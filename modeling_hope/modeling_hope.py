@@ -85,6 +85,11 @@ class HopeScaledEmbedding(nn.Embedding):
         super().__init__(vocab_size, hidden_size, padding_idx)
         self.multiplier = multiplier
 
+    @property
+    def embed_scale(self) -> torch.Tensor:
+        """By this name PEFT finds what its adapters of embeddings have to be multiplied by as well."""
+        return torch.tensor(self.multiplier)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         embeds = super().forward(input)
         return embeds * torch.tensor(self.multiplier, dtype=embeds.dtype)
@@ -111,8 +116,6 @@ class HopePreTrainedModel(PreTrainedModel):
         # `from_pretrained` sets fields on a config that was complete without them.
         config.complete()
         config.validate()
-        # Transformers asks before the modules are made, and falls back to eager.
-        self._supports_sdpa = config.attn_logit_softcapping is None
         super().__init__(config, *args, **kwargs)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
@@ -129,6 +132,15 @@ class HopePreTrainedModel(PreTrainedModel):
                 "to None, first."
             )
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
+    def _sdpa_can_dispatch(self, is_init_check: bool = False) -> bool:
+        """Transformers asks when it chooses: by default it goes on to eager attention."""
+        if self.config.attn_logit_softcapping is not None:
+            raise ValueError(
+                f"`attn_implementation='sdpa'` cannot cap scores, and `attn_logit_softcapping` is "
+                f"{self.config.attn_logit_softcapping}: use 'eager', 'flex_attention' or 'flash_attention_2'."
+            )
+        return super()._sdpa_can_dispatch(is_init_check)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -26,6 +26,58 @@ TINY = {
 
 MEMORY = {"layer_types": ["hope_memory"] * 2, "sliding_window": None, "num_memory_heads": 2, "memory_chunk_size": 3}
 FAMILIES = {"attention": {}, "memory": MEMORY, "hybrid": {**MEMORY, "layer_types": ["hope_memory", "full_attention"]}}
+# Blocks as other families have them.
+PLAIN = {"norm_type": "layer_norm", "gated_mlp": False, "mlp_bias": True, "attention_bias": True, "hidden_act": "gelu"}
+BLOCKS = {
+    "gemma": {
+        "head_dim": 6,
+        "norm_placement": "both",
+        "norm_weight_offset": 1.0,
+        "qk_norm": "head",
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": [5, None],
+        "attention_sinks": 0,
+        "layer_ropes": ["local", "global"],
+        "local_rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+        "embedding_multiplier": 1.7,
+        "attention_multiplier": 0.7,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "olmo": {"norm_placement": "post", "qk_norm": "all"},
+    "neox": {
+        **PLAIN,
+        "head_dim": 8,
+        "parallel_residual": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+    },
+    "gpt2": {**PLAIN, "learned_positions": True, "max_position_embeddings": 128, "layer_ropes": [None, None]},
+    "granite": {
+        "embedding_multiplier": 1.5,
+        "residual_multiplier": 0.6,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 1.3,
+    },
+    "smollm": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 6, "layer_ropes": ["global", None]},
+    "phi": {
+        "head_dim": 8,
+        "layer_types": ["sliding_attention"] * 2,
+        "sliding_window": [3, 5],
+        "attention_sinks": [2, 1],
+        "attention_multiplier": [0.3, 0.5],
+        "layer_ropes": ["local", "global"],
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 100.0,
+            "short_factor": [1.0, 1.5, 2.0],
+            "long_factor": [1.0, 1.5, 2.0],
+            "attention_factor": 2.0,
+            "partial_rotary_factor": 0.75,
+        },
+        "local_rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.5},
+    },
+}
 _family = {}
 
 
@@ -45,6 +97,16 @@ def tiny_model(seed=0, dtype=torch.float64, **fields):
     """A small model with weights large enough for learning to show."""
     torch.manual_seed(seed)
     return HopeForCausalLM(tiny_config(**fields)).to(dtype).eval()
+
+
+def stirred(model, seed=0):
+    """Nothing is left at its initial value: norms, biases."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model
 
 
 @pytest.fixture

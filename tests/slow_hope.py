@@ -5,10 +5,24 @@ Written from the equations alone; it shares no code with the model but the names
 is its reference, `modeling_hope/memory_reference.py`.
 """
 
+from functools import partial
+
 import torch
-from torch.nn.functional import cross_entropy, silu
+from torch.nn.functional import cross_entropy, gelu, silu
 
 from modeling_hope.memory_reference import SlowMemory
+
+
+ACTIVATIONS = {"silu": silu, "gelu": gelu, "gelu_pytorch_tanh": partial(gelu, approximate="tanh")}
+
+
+def at(field, index):
+    """Of a field that is one value for all layers or levels, or a list."""
+    return field[index] if isinstance(field, list) else field
+
+
+def capped(x, cap):
+    return x if cap is None else cap * torch.tanh(x / cap)
 
 
 class SlowHope:
@@ -30,13 +44,9 @@ class SlowHope:
         self.keys = [[] for _ in range(c.num_hidden_layers)]
         self.values = [[] for _ in range(c.num_hidden_layers)]
         self.seen = 0
-        self.maps = ["down_proj"] if c.cms_fast_weights == "down_proj" else ["gate_proj", "up_proj", "down_proj"]
-        rates = (
-            c.cms_learning_rates
-            if isinstance(c.cms_learning_rates, list)
-            else [c.cms_learning_rates] * len(c.cms_periods)
-        )
-        decays = c.cms_decay if isinstance(c.cms_decay, list) else [c.cms_decay] * len(c.cms_periods)
+        mlp = ["gate_proj", "up_proj", "down_proj"] if c.gated_mlp else ["up_proj", "down_proj"]
+        self.maps = ["down_proj"] if c.cms_fast_weights == "down_proj" else mlp
+        rates, decays = ([at(f, i) for i in range(len(c.cms_periods))] for f in (c.cms_learning_rates, c.cms_decay))
         self.levels = {}  # level -> names of its learned weights
         for layer, held in enumerate(c.cms_levels_per_layer):
             for index, level in enumerate(held):
@@ -57,87 +67,123 @@ class SlowHope:
     def _parameters(self, prefix):
         return {name[len(prefix) :]: tensor for name, tensor in self.slow.items() if name.startswith(prefix)}
 
-    def norm(self, x, name):
-        return x / (x.pow(2).mean() + self.config.rms_norm_eps).sqrt() * self.own[name]
+    def norm(self, x, place):
+        if self.config.norm_type == "rms_norm":
+            return self.rms_norm(x, place)
+        x = x - x.mean()
+        x = x / (x.pow(2).mean() + self.config.rms_norm_eps).sqrt()
+        return x * self.own[place + ".weight"] + self.own[place + ".bias"]
 
-    def rotate(self, x, position):
-        half = x.shape[-1] // 2
-        theta = self.config.rope_parameters["rope_theta"]
+    def rms_norm(self, x, place):
+        x = x / (x.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps).sqrt()
+        return x * (self.own[place + ".weight"] + self.config.norm_weight_offset)
+
+    def normed(self, x, place, placement, side):
+        return self.norm(x, place) if placement in (side, "both") else x
+
+    def affine(self, place, x, bias):
+        y = self.own[place + ".weight"] @ x
+        return y + self.own[place + ".bias"] if bias else y
+
+    def rotate(self, x, position, layer, again=False):
+        c, rope = self.config, self.config.layer_ropes[layer]
+        if rope is None:
+            return x
+        rope = c.rope_parameters if rope == "global" else c.local_rope_parameters
+        turned = int(c.head_dim * rope.get("partial_rotary_factor", 1.0))
+        x, rest = x[..., :turned], x[..., turned:]
         # Angles and their cosines are float32 in every Transformers model.
-        inverse = 1.0 / theta ** (torch.arange(0, 2 * half, 2).float() / (2 * half))
-        angle = position * inverse
-        cos, sin = angle.cos().to(x), angle.sin().to(x)
-        return torch.cat([x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin], -1)
+        inverse = 1.0 / rope["rope_theta"] ** (torch.arange(0, turned, 2).float() / turned)
+        angle = position * (inverse / torch.tensor(rope.get("short_factor", 1.0)))
+        scale = 1.0 if again else rope.get("attention_factor", 1.0)
+        cos, sin = angle.cos().to(x) * scale, angle.sin().to(x) * scale
+        one, two = x.chunk(2, -1)
+        return torch.cat([one * cos - two * sin, two * cos + one * sin, rest], -1)
 
     def attention(self, x, layer, position):
         c, w = self.config, f"model.layers.{layer}.mixer."
-        q = (self.own[w + "q_proj.weight"] @ x).view(c.num_attention_heads, c.head_dim)
-        k = (self.own[w + "k_proj.weight"] @ x).view(c.num_key_value_heads, c.head_dim)
-        v = (self.own[w + "v_proj.weight"] @ x).view(c.num_key_value_heads, c.head_dim)
-        self.keys[layer].append(self.rotate(k, position))
+        q, k, v = (self.affine(w + f"{name}_proj", x, c.attention_bias) for name in "qkv")
+        if c.qk_norm == "all":
+            q, k = self.rms_norm(q, w + "q_norm"), self.rms_norm(k, w + "k_norm")
+        q, k, v = (features.view(-1, c.head_dim) for features in (q, k, v))
+        if c.qk_norm == "head":
+            q, k = self.rms_norm(q, w + "q_norm"), self.rms_norm(k, w + "k_norm")
+        self.keys[layer].append(self.rotate(k, position, layer))
         self.values[layer].append(v)
-        q = self.rotate(q, position)
+        q = self.rotate(q, position, layer)
         sliding = c.layer_types[layer] == "sliding_attention"
         # Sinks move along with the window, in blocks of a quarter of it.
-        window = c.sliding_window if sliding else position + 1
-        moved = max(0, position - position % max(window // 4, 1) - window - c.attention_sinks)
-        in_view = [p for p in range(position + 1) if position - p < window or p < c.attention_sinks]
+        window = at(c.sliding_window, layer) if sliding else position + 1
+        sinks = at(c.attention_sinks, layer)
+        moved = max(0, position - position % max(window // 4, 1) - window - sinks)
+        in_view = [p for p in range(position + 1) if position - p < window or p < sinks]
+        multiplier = at(c.attention_multiplier, layer) or c.head_dim**-0.5
         outputs = []
         for head in range(c.num_attention_heads):
             group = head * c.num_key_value_heads // c.num_attention_heads
             keys = [self.keys[layer][p][group] for p in in_view]
             if moved:
                 keys = [
-                    self.rotate(k, moved) if p < c.attention_sinks else k for k, p in zip(keys, in_view, strict=True)
+                    self.rotate(k, moved, layer, again=True) if p < sinks else k
+                    for k, p in zip(keys, in_view, strict=True)
                 ]
-            scores = torch.stack([q[head] @ key for key in keys]) / c.head_dim**0.5
+            scores = capped(torch.stack([q[head] @ key for key in keys]) * multiplier, c.attn_logit_softcapping)
             outputs.append(
                 sum(s * self.values[layer][p][group] for s, p in zip(scores.softmax(0), in_view, strict=True))
             )
-        return self.own[w + "o_proj.weight"] @ torch.cat(outputs)
+        return self.affine(w + "o_proj", torch.cat(outputs), c.attention_output_bias)
 
     def linear(self, name, x, mask):
-        y = self.own[name + ".weight"] @ x
         if self.config.cms_optimizer == "dgd" and name.split(".")[-1] in self.maps:
             self.penalty = self.penalty + mask * 0.5 * (self.own[name + ".weight"] @ x.detach()).pow(2).sum()
-        return y
+        return self.affine(name, x, self.config.mlp_bias)
 
     def mlp(self, x, place, mask):
-        inner = silu(self.linear(place + "gate_proj", x, mask)) * self.linear(place + "up_proj", x, mask)
+        act, up = ACTIVATIONS[self.config.hidden_act], self.linear(place + "up_proj", x, mask)
+        inner = act(self.linear(place + "gate_proj", x, mask)) * up if self.config.gated_mlp else act(up)
         return self.linear(place + "down_proj", inner, mask)
 
     def memory(self, x, layer, mask):
         c, w = self.config, f"model.layers.{layer}.cms."
-        held = range(len(c.cms_levels_per_layer[layer]))
+        placements = [at(c.cms_norm_placement, level) for level in c.cms_levels_per_layer[layer]]
         if c.cms_variant != "independent":
-            for i in held:
-                x = x + self.mlp(self.norm(x, f"{w}norms.{i}.weight"), f"{w}levels.{i}.", mask)
+            for i, placement in enumerate(placements):
+                y = self.mlp(self.normed(x, f"{w}norms.{i}", placement, "pre"), f"{w}levels.{i}.", mask)
+                x = x + c.residual_multiplier * self.normed(y, f"{w}output_norms.{i}", placement, "post")
             return x
-        normed = self.norm(x, w + "norms.0.weight")
-        outputs = torch.stack([self.mlp(normed, f"{w}levels.{i}.", mask) for i in held])
-        agg = w + "aggregation."
+        y = self.joined(self.normed(x, f"{w}norms.0", placements[0], "pre"), len(placements), w, mask)
+        return x + c.residual_multiplier * self.normed(y, f"{w}output_norms.0", placements[0], "post")
+
+    def joined(self, x, levels, w, mask):
+        c, agg = self.config, w + "aggregation."
+        outputs = torch.stack([self.mlp(x, f"{w}levels.{i}.", mask) for i in range(levels)])
         if c.cms_aggregation == "sum":
-            return x + outputs.sum(0)
+            return outputs.sum(0)
         if c.cms_aggregation == "concat":
-            return x + self.own[agg + "proj.weight"] @ outputs.flatten()
+            return self.own[agg + "proj.weight"] @ outputs.flatten()
         if c.cms_aggregation == "weighted_sum":
             shares = self.own[agg + "scores"].softmax(0)
         elif c.cms_aggregation == "gated":
-            shares = (self.own[agg + "gate.weight"] @ normed + self.own[agg + "gate.bias"]).softmax(0)
+            shares = (self.own[agg + "gate.weight"] @ x + self.own[agg + "gate.bias"]).softmax(0)
         else:
-            query = self.own[agg + "query.weight"] @ normed
+            query = self.own[agg + "query.weight"] @ x
             shares = torch.stack([query @ (self.own[agg + "key.weight"] @ o) for o in outputs])
             shares = (shares / c.hidden_size**0.5).softmax(0)
-        return x + sum(s * o for s, o in zip(shares, outputs, strict=True))
+        return sum(s * o for s, o in zip(shares, outputs, strict=True))
 
     def token(self, token, position, mask):
-        x = self.own["model.embed_tokens.weight"][token]
-        for layer in range(self.config.num_hidden_layers):
-            normed = self.norm(x, f"model.layers.{layer}.input_layernorm.weight")
-            memory = self.memories.get(layer)
-            x = x + (memory.step(normed) if memory else self.attention(normed, layer, position))
-            x = self.memory(x, layer, mask)
-        return self.own["lm_head.weight"] @ self.norm(x, "model.norm.weight")
+        c = self.config
+        x = self.own["model.embed_tokens.weight"][token] * c.embedding_multiplier
+        if c.learned_positions:
+            x = x + self.own["model.embed_positions.weight"][position]
+        for layer in range(c.num_hidden_layers):
+            place, mixer = f"model.layers.{layer}.", self.memories.get(layer)
+            y = self.normed(x, place + "input_layernorm", c.norm_placement, "pre")
+            y = mixer.step(y) if mixer else self.attention(y, layer, position)
+            y = c.residual_multiplier * self.normed(y, place + "output_layernorm", c.norm_placement, "post")
+            x = self.memory(x, layer, mask) + y if c.parallel_residual else self.memory(x + y, layer, mask)
+        logits = self.own["lm_head.weight"] @ self.norm(x, "model.norm")
+        return capped(logits / c.logits_scaling, c.final_logit_softcapping)
 
     def read(self, ids, learn):
         """Logits `[tokens, vocab]` of a whole stream from its start."""

@@ -5,7 +5,7 @@ import torch
 
 from modeling_hope import HopeCache
 
-from .conftest import MEMORY, random_ids, tiny_model
+from .conftest import BLOCKS, MEMORY, random_ids, stirred, tiny_model
 from .slow_hope import SlowHope
 
 
@@ -35,12 +35,51 @@ CASES = {
     "memory": {**MEMORY, "memory_chunk_size": 3},
     "memory, chunks and reads": {**MEMORY, "memory_chunk_size": 8, "projection_chunk_size": 4, "memory_read": "chunk"},
     "hybrid": {"layer_types": ["hope_memory", "sliding_attention"], "num_memory_heads": 2, "memory_chunk_size": 5},
+    **BLOCKS,
+    "gemma, independent": {**BLOCKS["gemma"], "cms_variant": "independent"},
+    "olmo, independent": {**BLOCKS["olmo"], "cms_variant": "independent", "cms_aggregation": "gated"},
+    "neox, dgd": {**BLOCKS["neox"], "cms_optimizer": "dgd", "cms_learning_rates": [0.05, 0.03, 0.0]},
+    "gpt2, nested": {**BLOCKS["gpt2"], "cms_variant": "nested", "cms_levels_per_layer": [[1], [0, 2]]},
+    "memory in blocks": {
+        **{**BLOCKS["neox"], **MEMORY, "layer_types": ["hope_memory", "full_attention"]},
+        "norm_placement": "both",
+        "learned_positions": True,
+        "residual_multiplier": 0.7,
+    },
+    **{
+        f"{field}={value}": {field: value}
+        for field, value in [
+            ("attention_bias", True),
+            ("attention_output_bias", True),
+            ("attention_multiplier", [0.3, 0.9]),
+            ("attn_logit_softcapping", 0.5),
+            ("cms_norm_placement", ["post", "pre", "both"]),
+            ("embedding_multiplier", 2.5),
+            ("final_logit_softcapping", 1.5),
+            ("gated_mlp", False),
+            ("layer_ropes", [None, None]),
+            ("learned_positions", True),
+            ("logits_scaling", 2),
+            ("mlp_bias", True),
+            ("norm_placement", "both"),
+            ("norm_placement", "post"),
+            ("norm_type", "layer_norm"),
+            ("norm_weight_offset", 1.0),
+            ("parallel_residual", True),
+            ("qk_norm", "all"),
+            ("qk_norm", "head"),
+            ("residual_multiplier", 0.4),
+            ("rope_parameters", {"rope_type": "default", "rope_theta": 20.0, "partial_rotary_factor": 0.5}),
+            ("sliding_window", [None, 3]),
+        ]
+    },
+    "bias without output bias": {"attention_bias": True, "attention_output_bias": False},
 }
 
 
 @pytest.mark.parametrize("fields", CASES.values(), ids=CASES.keys())
 def test_logits_changes_and_updates(fields):
-    model = tiny_model(**fields)
+    model = stirred(tiny_model(**fields))
     ids = random_ids(2, 29)
     learn = torch.rand(2, 29, generator=torch.Generator().manual_seed(1)) < 0.8
     learn[1, 4:17] = False
@@ -78,10 +117,13 @@ def test_learned_rates_are_used(variant):
         assert not torch.allclose(fixed(ids).logits, learned(ids).logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("fields", [{}, {**MEMORY, "memory_chunk_size": 3}], ids=["attention", "memory"])
+TRAINED = {"attention": {}, "memory": {**MEMORY, "memory_chunk_size": 3}, **BLOCKS}
+
+
+@pytest.mark.parametrize("fields", TRAINED.values(), ids=TRAINED.keys())
 def test_outer_gradients_of_first_order_training(fields):
     """In train() mode the updates run in the forward pass and are constants for the outer gradient."""
-    model = tiny_model(cms_training="first_order", **fields).train()
+    model = stirred(tiny_model(cms_training="first_order", **fields)).train()
     ids = random_ids(1, 22)
     loss = model(ids, labels=ids).loss
     loss.backward()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from modeling_hope import HopeCache
 from modeling_hope.self_modifying_memory import SelfModifyingMemory
 
-from .conftest import MEMORY, TINY, assert_same_memory, random_ids, tiny_model
+from .conftest import BLOCKS, MEMORY, TINY, assert_same_memory, random_ids, stirred, tiny_model
 
 
 CONFIGS = [
@@ -32,6 +32,12 @@ CONFIGS = [
     {**MEMORY, "memory_chunk_size": 6, "projection_chunk_size": 3, "adaptive_projections": ["k", "q"]},
     {"layer_types": ["hope_memory", "sliding_attention"], "memory_chunk_size": 5, "memory_retention": "zero"},
     {**MEMORY, "memory_chunk_size": 4, "cms_periods": [None], "cms_learning_rates": 0.1},
+    {**BLOCKS["gemma"], "cms_optimizer": "momentum"},
+    {**BLOCKS["neox"], "cms_variant": "nested"},
+    BLOCKS["gpt2"],
+    BLOCKS["smollm"],
+    {**BLOCKS["phi"], "cms_norm_placement": ["post", "pre", "both"]},
+    {**BLOCKS["phi"], **MEMORY, "layer_types": ["hope_memory", "sliding_attention"], "sliding_window": [None, 3]},
 ]
 
 
@@ -39,7 +45,7 @@ CONFIGS = [
 def model_of(index, dtype=torch.float64):
     fields = dict(CONFIGS[index])
     attention = fields.pop("attn_implementation", None)
-    model = tiny_model(seed=index, dtype=dtype, **fields)
+    model = stirred(tiny_model(seed=index, dtype=dtype, **fields))
     if attention:
         model.set_attn_implementation(attention)
     return model

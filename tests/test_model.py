@@ -1,6 +1,7 @@
 """HopeConfig and the model classes as Transformers classes."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, T
 
 from modeling_hope import HopeCache, HopeConfig, HopeForCausalLM, HopeForTokenClassification, HopeModel
 
-from .conftest import assert_same_memory, random_ids, tiny_config, tiny_model
+from .conftest import BLOCKS, assert_same_memory, random_ids, stirred, tiny_config, tiny_model
 
 
 def test_a_config_of_four_numbers_is_a_sensible_model():
@@ -17,6 +18,9 @@ def test_a_config_of_four_numbers_is_a_sensible_model():
     blocks = sum(p.numel() for name, p in model.model.layers[0].named_parameters() if "levels" in name)
     assert blocks == pytest.approx(3 * 48 * 128, rel=0.1)  # one Llama MLP of width 48
     assert model(torch.arange(20)[None]).logits.shape == (1, 20, 100)
+
+
+LONG = {"rope_type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [1.0, 2.0]}
 
 
 @pytest.mark.parametrize(
@@ -58,6 +62,41 @@ def test_a_config_of_four_numbers_is_a_sensible_model():
         ({"pad_token_id": 40}, "pad_token_id"),
         ({"layer_types": ["full_attention"] * 2}, "sliding_window"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}, "rope_parameters"),
+        ({"rope_parameters": {"rope_type": "foo", "rope_theta": 10000.0}}, "rope_parameters"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters.*local_rope_parameters"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.3}}, "rope_parameters"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 1.5}}, "rope_parameters"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": "half"}}, "rope_parameters"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters"),
+        ({"rope_parameters": {**LONG, "long_factor": [1.0, 3.0]}}, "rope_parameters"),
+        ({"rope_parameters": {**LONG, "short_factor": [1.0], "long_factor": [1.0]}}, "rope_parameters"),
+        ({"local_rope_parameters": {"type": "dynamic", "factor": 2.0}}, "local_rope_parameters"),
+        ({"local_rope_parameters": {"rope_theta": -1.0}}, "local_rope_parameters"),
+        ({"layer_ropes": ["local", None]}, "layer_ropes.*local_rope_parameters"),
+        ({"layer_ropes": ["global"]}, "layer_ropes"),
+        ({"layer_ropes": ["here", None]}, "layer_ropes"),
+        ({"learned_positions": True, "max_position_embeddings": 0}, "max_position_embeddings"),
+        ({"qk_norm": "heads"}, "qk_norm"),
+        ({"attention_multiplier": [0.5]}, "attention_multiplier"),
+        ({"attention_multiplier": [0.5, float("nan")]}, "attention_multiplier"),
+        ({"attn_logit_softcapping": 0.0}, "attn_logit_softcapping"),
+        ({"final_logit_softcapping": -1.0}, "final_logit_softcapping"),
+        ({"logits_scaling": 0}, "logits_scaling"),
+        ({"embedding_multiplier": float("inf")}, "embedding_multiplier"),
+        ({"residual_multiplier": float("nan")}, "residual_multiplier"),
+        ({"norm_type": "batch_norm"}, "norm_type"),
+        ({"norm_weight_offset": float("nan")}, "norm_weight_offset"),
+        ({"norm_weight_offset": 1.0, "norm_type": "layer_norm"}, "norm_weight_offset"),
+        ({"norm_placement": "sandwich"}, "norm_placement"),
+        ({"cms_norm_placement": ["pre", "post"]}, "cms_norm_placement"),
+        ({"cms_norm_placement": ["pre", "post", "none"]}, "cms_norm_placement"),
+        ({"cms_norm_placement": ["pre", "post", "pre"], "cms_variant": "independent"}, "cms_norm_placement"),
+        ({"sliding_window": [6]}, "sliding_window"),
+        ({"sliding_window": [6, None]}, "sliding_window"),
+        ({"sliding_window": [None, 0]}, "sliding_window"),
+        ({"attention_sinks": [1]}, "attention_sinks"),
+        ({"attention_sinks": [0, -1]}, "attention_sinks"),
+        ({"converted_from": "llama"}, "converted_from"),
     ],
 )
 def test_configs_that_cannot_be(fields, named):
@@ -65,10 +104,28 @@ def test_configs_that_cannot_be(fields, named):
         tiny_config(**fields)
 
 
-def test_config_round_trip(tmp_path):
-    config = tiny_config(cms_learning_rates=(0.3, 0.2, 0.1), cms_decay=0.1)
+@pytest.mark.parametrize("fields", [{"cms_learning_rates": (0.3, 0.2, 0.1), "cms_decay": 0.1}, *BLOCKS.values()])
+def test_config_round_trip(tmp_path, fields):
+    """Of tuples too, which are lists from then on; completing a config once more changes nothing."""
+    original = tiny_config(**fields).to_dict()
+    config = HopeConfig(**json.loads(json.dumps(original), object_hook=_with_tuples))
+    assert config.to_dict() == original
+    config.complete()
     config.save_pretrained(tmp_path)
-    assert AutoConfig.from_pretrained(tmp_path).to_dict() == {**config.to_dict(), "_name_or_path": str(tmp_path)}
+    found = AutoConfig.from_pretrained(tmp_path)
+    assert found.to_dict() == {**original, "_name_or_path": str(tmp_path)}
+    assert found.memory_fields == config.memory_fields
+
+
+def _with_tuples(found):
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+def test_a_config_does_not_change_what_it_is_given():
+    given = {"rope_type": "longrope", "short_factor": (1.0, 2.0), "long_factor": (1.0, 2.0)}
+    before = dict(given)
+    tiny_config(rope_parameters=given, local_rope_parameters=given)
+    assert given == before
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -98,11 +155,50 @@ def test_save_and_load(tmp_path, tied, shard):
     assert isinstance(base, HopeModel) and torch.equal(base.norm.weight, model.model.norm.weight)
 
 
+@pytest.mark.parametrize("fields", BLOCKS.values(), ids=BLOCKS.keys())
+def test_blocks_of_other_families_save_load_and_initialise(tmp_path, fields):
+    model, ids = stirred(tiny_model(dtype=torch.float32, **fields)), random_ids(1, 14)
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        memory = loaded(ids).past_key_values
+        assert torch.equal(loaded(ids, learn="off").logits, model(ids, learn="off").logits)
+    memory.save_pretrained(tmp_path / "memory", model=loaded)
+    assert_same_memory(HopeCache.from_pretrained(tmp_path / "memory", model=model), memory, rtol=0, atol=0)
+    with torch.device("meta"):
+        made = HopeForCausalLM(model.config)
+    made.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.fill_(torch.nan)
+        for module in made.modules():
+            made._init_weights(module)
+        for module in made.modules():
+            if "Norm" in type(module).__name__:  # of features with mean square 1, the features themselves
+                unit = torch.ones(module.weight.shape).index_fill_(0, torch.arange(0, len(module.weight), 2), -1.0)
+                torch.testing.assert_close(module(unit), unit, rtol=1e-4, atol=1e-4)
+        assert made(ids).logits.isfinite().all()
+    bigger = model.resize_token_embeddings(48)
+    assert type(bigger) is type(loaded.get_input_embeddings()) and bigger.weight.shape[0] == 48
+
+
 def test_fields_given_to_from_pretrained_are_validated(tmp_path):
     tiny_model(dtype=torch.float32).save_pretrained(tmp_path)
-    for fields, named in ({"cms_variant": "foo"}, "cms_variant"), ({"cms_periods": [5, 6, None]}, "cms_periods"):
+    for fields, named in (
+        ({"cms_variant": "foo"}, "cms_variant"),
+        ({"cms_periods": [5, 6, None]}, "cms_periods"),
+        ({"layer_ropes": (None, "local")}, "local_rope_parameters"),
+        ({"sliding_window": (4, 4, 4)}, "sliding_window"),
+        ({"norm_placement": "none"}, "norm_placement"),
+    ):
         with pytest.raises(Exception, match=named):
             HopeForCausalLM.from_pretrained(tmp_path, **fields)
+    other = HopeForCausalLM.from_pretrained(
+        tmp_path, sliding_window=(None, 4), attention_sinks=(0, 1), layer_ropes=(None, "global"), logits_scaling=2
+    )
+    assert (other.config.layer_windows, other.config.layer_sinks) == ([None, 4], [0, 1])
+    assert [layout.rope for layout in other.model.layouts()] == [None, "global"]
     model = HopeForCausalLM.from_pretrained(tmp_path, cms_periods=(4, 8, None), cms_learning_rates=0.5)
     assert model.config.cms_periods == [4, 8, None] and model.config.level_learning_rates == [0.5] * 3
     with torch.no_grad():
