@@ -59,9 +59,10 @@ def test_views_casts_and_every_dtype(tmp_path, monkeypatch):
     base = torch.randn(12, 10, dtype=torch.float64)
     tensors = {
         "é transposed": base.T, "rows": base[2:5], "columns": base[:, ::3], "same": base, "again": base,
-        "repeated": torch.arange(3.0).expand(7, 3), "scalar": torch.nn.Parameter(torch.tensor(2.5)), "none": torch.empty(0, 4),
-        "parameter": torch.nn.Parameter(torch.randn(5, 3, 2)), "ids": torch.arange(9), "flags": torch.arange(5) > 2,
-        "bytes": torch.arange(7, dtype=torch.uint8), "half": torch.randn(9).half(), "brain": torch.randn(3).bfloat16(),
+        "repeated": torch.arange(3.0).expand(7, 3), "scalar": torch.nn.Parameter(torch.tensor(2.5)),
+        "none": torch.empty(0, 4), "parameter": torch.nn.Parameter(torch.randn(5, 3, 2)), "ids": torch.arange(9),
+        "flags": torch.arange(5) > 2, "bytes": torch.arange(7, dtype=torch.uint8), "half": torch.randn(9).half(),
+        "brain": torch.randn(3).bfloat16(),
     }  # fmt: skip
     write(tmp_path, tensors)
     loaded = load_file(tmp_path / "model.safetensors")
