@@ -5,9 +5,9 @@ How much memory converting a sharded checkpoint takes at its peak.
 
 Makes a Llama checkpoint of random bfloat16 weights (by default 2.1 GB in shards of 700 MB) and converts it, as it is
 and to float32, each in a process of its own (Linux), with output shards as large as the source's. Of each: the peak of
-the process, what of it the imports alone take, the seconds, and whether the peak is at most 1.3 times the largest source
-shard plus the largest output shard. Then every source tensor is looked for in what was written. Needs four times the
-checkpoint's size on disk; `--directory` says where.
+the process, what of it the imports alone take, the seconds, and whether the peak is at most 1.3 times the largest
+source shard plus the largest output shard. Then every source tensor is looked for in what was written. Needs four times
+the checkpoint's size on disk; `--directory` says where.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ import json
 import pickle
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 
@@ -14,17 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a file's header says of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> TensorInfo:
-        return cls(tuple(tensor.shape), tensor.dtype)
+from .tensor_info import TensorInfo
 
 
 class SafetensorsFile:

@@ -19,7 +19,7 @@ from .progress import tracked
 from .recipe import Recipe
 from .report import ConversionReport
 from .source import Source, open_source
-from .staging import staged_directory
+from .staging import check_output, staged_directory
 from .writer import CheckpointWriter
 
 
@@ -95,6 +95,8 @@ def convert(
         dtype,
         config,
     )
+    if output_dir is not None:
+        check_output(output_dir)
     opened = open_source(source, tokenizer=tokenizer, revision=revision, allow_pickle=allow_pickle)
     plan = ConversionPlan(opened, recipe, remote_code)
     if output_dir is not None:
@@ -129,6 +131,7 @@ def convert_checkpoint(
     Returns:
         The report, which is saved with the model.
     """
+    check_output(output_dir)
     opened = open_source(source, tokenizer=tokenizer, revision=revision, allow_pickle=allow_pickle)
     plan = ConversionPlan(opened, recipe or Recipe(), remote_code)
     _write(plan, Path(output_dir), check, max_shard_size)

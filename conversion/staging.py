@@ -61,6 +61,15 @@ def staged_directory(output: str | Path, needed_bytes: int) -> Iterator[Path]:
         raise
 
 
+def check_output(output: str | Path) -> None:
+    """
+    Raises:
+        ValueError: `output` is a file, is not empty, or cannot be made.
+    """
+    output = Path(output).resolve()
+    _refuse(output, next(directory for directory in (output, *output.parents) if directory.exists()))
+
+
 def _refuse(output: Path, existing: Path) -> None:
     """Refuse an output that is taken, or that cannot be made in the nearest directory that exists."""
     if output.is_file():
