@@ -162,7 +162,12 @@ class DirectorySource(Source):
         check_vocabulary(tokenizer, config)
         super().__init__(name, config, tokenizer)
         if (directory / GENERATION_CONFIG_NAME).is_file():
-            self.generation_config = GenerationConfig.from_pretrained(directory)
+            try:
+                self.generation_config = GenerationConfig.from_pretrained(directory)
+            except (OSError, ValueError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"`source` {name} has a {GENERATION_CONFIG_NAME} that cannot be read: {error}"
+                ) from error
         self.directory = directory
         self._allow_pickle = allow_pickle
         self._complete = complete
@@ -214,29 +219,32 @@ def open_source(
         place, tokenizer = tokenizer, read_tokenizer(tokenizer)
         if tokenizer is None:
             raise ValueError(f"`tokenizer` {place} holds no tokenizer.")
-    return _open(source, tokenizer, revision, allow_pickle)
-
-
-def _open(source: Any, tokenizer: Any, revision: str | None, allow_pickle: bool) -> Source:
     if hasattr(source, "merge_and_unload") or getattr(source, "_hf_peft_config_loaded", False):
         raise ValueError("`source` is a model with an adapter: merge it first (PEFT's `merge_and_unload`).")
-    if not isinstance(source, (str, os.PathLike, PreTrainedModel)):
-        raise ValueError(f"`source` must be a path, a hub name or a PreTrainedModel, got a {type(source).__name__}.")
-    path = None if isinstance(source, PreTrainedModel) else Path(source).expanduser()
-    on_hub = isinstance(source, str) and is_hub_name(source) and path is not None and not path.exists()
-    if revision is not None and not on_hub:
+    if isinstance(source, str) and is_hub_name(source) and not os.path.exists(source):
+        return _open_hub(source, revision, tokenizer, allow_pickle)
+    if revision is not None:
         raise ValueError("`revision` is of a name on the hub (owner/name): leave it out.")
-    if on_hub:
-        description = download_description(source, revision)
-        return DirectorySource(
-            description, source, tokenizer, allow_pickle, lambda: download_weights(source, description, allow_pickle)
-        )
-    if path is None:
+    if isinstance(source, PreTrainedModel):
         return ModelSource(source, type(source).__name__, tokenizer)
+    if isinstance(source, (str, os.PathLike)):
+        return _open_path(Path(os.path.expanduser(source)), tokenizer, allow_pickle)
+    raise ValueError(f"`source` must be a path, a hub name or a PreTrainedModel, got a {type(source).__name__}.")
+
+
+def _open_hub(name: str, revision: str | None, tokenizer: Any, allow_pickle: bool) -> DirectorySource:
+    """What describes a model is fetched now, so that one that cannot be converted costs no more than that."""
+    description = download_description(name, revision)
+    return DirectorySource(
+        description, name, tokenizer, allow_pickle, lambda: download_weights(name, description, allow_pickle)
+    )
+
+
+def _open_path(path: Path, tokenizer: Any, allow_pickle: bool) -> Source:
     if path.is_dir():
         return DirectorySource(path, tokenizer=tokenizer, allow_pickle=allow_pickle)
     if not path.exists():
-        raise ValueError(f"`source` {source} does not exist, and is no name on the hub (owner/name).")
+        raise ValueError(f"`source` {path} does not exist, and is no name on the hub (owner/name).")
     if not GgufFile.recognises(path):
         raise ValueError(
             f"`source` {path} is neither a directory with a {CONFIG_NAME} nor a .gguf file: "

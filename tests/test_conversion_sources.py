@@ -3,18 +3,20 @@
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
-import httpx2
 import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -179,11 +181,13 @@ def test_models_in_memory(tmp_path):
     assert tied.config.architectures == ["LlamaForSequenceClassification"]
     away = llama()
     away.lm_head.to("meta")
+    lora = LoraConfig(target_modules=["q_proj"])
     adapted = llama()
-    adapted._hf_peft_config_loaded = True
+    adapted.add_adapter(lora)
     for model, message in (
         (away, "'lm_head.weight' outside memory"),
         (adapted, "merge_and_unload"),
+        (get_peft_model(llama(), lora), "merge_and_unload"),
         (torch.nn.Linear(2, 2), "got a Linear"),
         (None, "got a NoneType"),
     ):
@@ -256,7 +260,7 @@ def test_only_what_is_needed_is_downloaded(checkpoint, tmp_path, monkeypatch):
 
 
 def test_what_the_hub_answers_is_told(tmp_path, monkeypatch):
-    response = httpx2.Response(403, request=httpx2.Request("GET", "https://huggingface.co"))
+    response = Mock(headers={})
     monkeypatch.chdir(tmp_path)
     for error, message in (
         (GatedRepoError("", response=response), "gated: accept its terms at https://huggingface.co/a/b.*hf auth login"),
@@ -264,7 +268,7 @@ def test_what_the_hub_answers_is_told(tmp_path, monkeypatch):
         (RevisionNotFoundError("", response=response), "no revision 'v2'"),
         (LocalEntryNotFoundError(""), "hub cannot be reached"),
         (HfHubHTTPError("500 out of order", response=response), "could not be downloaded.*out of order"),
-        (httpx2.ConnectError("no route"), "could not be downloaded.*no route"),
+        (HTTPError("no route"), "could not be downloaded.*no route"),
     ):
 
         def fail(*args, error=error, **kwargs):
@@ -413,6 +417,9 @@ def test_what_is_no_checkpoint_is_refused(checkpoint, tmp_path):
         (path / "config.json").write_text(text)
         (path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass OwnConfig: pass")
         cases.append((path, message))
+    shutil.copytree(directory, tmp_path / "generation")
+    (tmp_path / "generation" / "generation_config.json").write_text("{")
+    cases.append((tmp_path / "generation", r"generation_config\.json that cannot be read"))
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
