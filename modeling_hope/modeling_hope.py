@@ -23,7 +23,7 @@ from .key_layout import KeyLayout, Span
 from .mixer_state import MixerState
 from .norm import add, make_norm, norms_around
 from .packing import Packing
-from .rotary import Rotation, rotary_embeddings
+from .rotary import HopeRotaryEmbeddings, Rotation
 from .self_modifying_memory import SelfModifyingMemory
 from .stream import CallOutput, Run, Stream, with_memory
 from .turn import check_learn
@@ -178,7 +178,7 @@ class HopeModel(HopePreTrainedModel):
             HopeDecoderLayer(config, index) for index in range(config.num_hidden_layers)
         )
         self.norm = make_norm(config)
-        self.rotary_emb = rotary_embeddings(config)
+        self.rotary_emb = HopeRotaryEmbeddings(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -321,9 +321,9 @@ class HopeModel(HopePreTrainedModel):
         if self.embed_positions is not None:
             # Columns past a row's end may lie beyond the last position.
             hidden = embeds + self.embed_positions(positions.clamp(max=self.config.max_position_embeddings - 1))
-        position_embeddings = {name: rotary(hidden, positions) for name, rotary in self.rotary_emb.items()}
+        position_embeddings = self.rotary_emb(hidden, positions)
         for layout in self.layouts():
-            rotary = None if layout.rope is None else self.rotary_emb[layout.rope]
+            rotary = None if layout.rope is None else self.rotary_emb.of(layout.rope)
             span.make_plan(layout, rotary, hidden, flex=self.config._attn_implementation == "flex_attention")
         new_states: list[MixerState | None] = []
         for index, layer in enumerate(self.layers):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,12 +34,26 @@ class HopeRotaryEmbedding(LlamaRotaryEmbedding):
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
-def rotary_embeddings(config: HopeConfig) -> Mapping[str, HopeRotaryEmbedding]:
-    """The rotary embeddings that a model's attention layers use, by what `config.layer_ropes` calls them."""
-    parameters = {"global": config.rope_parameters, "local": config.local_rope_parameters}
-    return nn.ModuleDict(  # type: ignore[return-value]
-        {name: HopeRotaryEmbedding(_llama_config(config, parameters[name])) for name in used_ropes(config)}
-    )
+class HopeRotaryEmbeddings(nn.ModuleDict):
+    """
+    The rotary embeddings that a model's attention layers use, by what `config.layer_ropes` calls them.
+
+    As modules they are `global_rope` and `local_rope`: exported programs are Python, to which `global` is no name.
+    """
+
+    def __init__(self, config: HopeConfig):
+        self.used = used_ropes(config)
+        parameters = {"global": config.rope_parameters, "local": config.local_rope_parameters}
+        super().__init__(
+            {f"{rope}_rope": HopeRotaryEmbedding(_llama_config(config, parameters[rope])) for rope in self.used}
+        )
+
+    def of(self, rope: str) -> HopeRotaryEmbedding:
+        return self[f"{rope}_rope"]  # type: ignore[return-value]
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> dict[str, Rotation]:
+        """As a `HopeRotaryEmbedding`, of each by its name."""
+        return {rope: self.of(rope)(x, position_ids) for rope in self.used}
 
 
 def used_ropes(config: HopeConfig) -> list[str]:
