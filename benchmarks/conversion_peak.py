@@ -26,9 +26,9 @@ import torch
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modeling_hope.conversion.source import open_source
+from modeling_hope.conversion import Recipe, convert_checkpoint
 from modeling_hope.conversion.tensor_info import TensorInfo
-from modeling_hope.conversion.writer import CheckpointWriter, staged_directory
+from modeling_hope.conversion.writer import CheckpointWriter
 
 
 BOUND = 1.3
@@ -96,22 +96,8 @@ def measured(source: Path, output: Path, dtype: str, shard_size: int | str) -> d
 def measure(source: Path, output: Path, dtype: torch.dtype, shard_size: int | str) -> None:
     torch.set_num_threads(1)
     imports, started = peak(), time.perf_counter()
-    convert(source, output, dtype, shard_size)
+    convert_checkpoint(source, output, Recipe(dtype=dtype), check=False, max_shard_size=shard_size)
     print(f"imports={imports} peak={peak()} seconds={time.perf_counter() - started}")
-
-
-def convert(source: Path, output: Path, dtype: torch.dtype, shard_size: int | str) -> None:
-    opened = open_source(source)
-    with ExitStack() as files:
-        infos = {
-            name: TensorInfo(tuple(shard.get_slice(name).get_shape()), dtype) for shard, name in tensors(source, files)
-        }
-    with staged_directory(output, sum(info.nbytes for info in infos.values())) as staged:
-        writer = CheckpointWriter(staged, infos, shard_size)
-        for name, tensor in opened.tensors():
-            writer.add(name, tensor)
-        writer.close()
-        opened.config.save_pretrained(staged)
 
 
 def count_equal(source: Path, output: Path) -> int:

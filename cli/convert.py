@@ -38,11 +38,17 @@ def add_to(commands: Any) -> None:
         help="tokens per update of each level, fastest first, 'never' for one that does not learn (default: 512,2048,8192)",
     )
     levels.add_argument(
-        "--lr", type=rates, default=0.1, metavar="RATE,...", help="inner learning rates, one or one per level (default: 0.1)"
+        "--lr",
+        type=rates,
+        default=0.1,
+        metavar="RATE,...",
+        help="inner learning rates, one or one per level (default: 0.1)",
     )
     levels.add_argument("--learning-layers", type=layers, metavar="LAYERS", help="layers that learn (default: all)")
     mixers = parser.add_argument_group("attention")
-    mixers.add_argument("--window", type=int, metavar="TOKENS", help="let attention over everything slide, with this window")
+    mixers.add_argument(
+        "--window", type=int, metavar="TOKENS", help="let attention over everything slide, with this window"
+    )
     mixers.add_argument(
         "--sinks", type=int, default=4, metavar="TOKENS", help="first tokens that stay in its view (default: 4)"
     )

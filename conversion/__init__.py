@@ -1,8 +1,18 @@
 """Pretrained Transformers become Hope models whose logits are the same until they learn, and Transformers again."""
 
+from .comparison import Comparison, compare
 from .convert import convert, convert_checkpoint
+from .export import export_transformer
 from .recipe import Recipe
 from .report import ConversionReport
 
 
-__all__ = ["ConversionReport", "Recipe", "convert", "convert_checkpoint"]
+__all__ = [
+    "Comparison",
+    "ConversionReport",
+    "Recipe",
+    "compare",
+    "convert",
+    "convert_checkpoint",
+    "export_transformer",
+]

@@ -40,7 +40,7 @@ PROBE = (
 @dataclass(frozen=True)
 class Comparison:
     """
-    A Hope model next to its source, learning off, on a batch of two rows of which one is padded on the left.
+    A model next to its source, learning off, on a batch of two rows of which one is padded on the left.
 
     Attributes:
         probe: `"text"` or `"random ids"`.
@@ -48,7 +48,7 @@ class Comparison:
         max_difference: largest absolute difference of two logits.
         range: largest less smallest logit of the source.
         relative: `max_difference / range`; where the source's logits are all the same, `max_difference`.
-        kl: mean KL(source || hope), nats per token.
+        kl: mean KL(source || given), nats per token.
         greedy_tokens: how many each row was continued by.
         greedy_agreement: how many of them, from the first, are the same; of the row that parts first.
     """
@@ -80,20 +80,20 @@ class Answer(NamedTuple):
 
 def compare(
     source_model: Callable[[], PreTrainedModel],
-    hope_model: Callable[[], HopeForCausalLM],
+    given_model: Callable[[], PreTrainedModel],
     tokenizer: Any = None,
     *,
     limit: int | None = None,
     tokens: int = 64,
 ) -> Comparison:
     """
-    Compare a Hope model, learning off, with what it was converted from.
+    Compare a model with what it was made of: a Hope model, or one that was exported. Learning is off.
 
-    The models are made one after the other; the source is let go before the Hope model is made.
+    The models are made one after the other; the source is let go before the given model is made.
 
     Args:
         source_model: makes the source, in `eval()` mode, float32 where the figures are to show no rounding.
-        hope_model: makes the Hope model, in the same way.
+        given_model: makes the other, in the same way.
         tokenizer: of both. With one, the probe is English, code, German and Japanese; without, or where it knows too
             little of these, random ids.
         limit: most tokens a row may have, continuation included: positions a small model has, or the window it was given.
@@ -114,7 +114,7 @@ def compare(
     with _quiet():
         probe, expected = _ask_source(source_model, tokenizer, width, tokens)
         gc.collect()  # a model may hold itself by a cycle, and the next one needs the room
-        given = _ask(hope_model(), probe, tokens, learn="off")
+        given = _ask(given_model(), probe, tokens)
     difference, kl = _differences(expected.logits, given.logits)
     spread = float(expected.logits.max() - expected.logits.min())
     same = (expected.greedy == given.greedy).int().cumprod(1).sum(1)
@@ -135,19 +135,17 @@ def _ask_source(
 ) -> tuple[Probe, Answer]:
     model = source_model()
     probe = _probe(model, tokenizer, width)
-    # Hope counts a row's own tokens. Unlike `generate()`, the stock `forward()` counts padding where it is not told.
-    positions = (probe.mask.cumsum(1) - 1).clamp(min=0).to(model.device)
-    return probe, _ask(model, probe, tokens, position_ids=positions)
+    return probe, _ask(model, probe, tokens)
 
 
 @torch.no_grad()
-def _ask(
-    model: PreTrainedModel, probe: Probe, tokens: int, position_ids: torch.Tensor | None = None, **options: Any
-) -> Answer:
-    """`options`: for `forward()` and `generate()`; `position_ids` for the former, the latter finds them itself."""
-    inputs = {"input_ids": probe.ids.to(model.device), "attention_mask": probe.mask.to(model.device), **options}
-    positions = {} if position_ids is None else {"position_ids": position_ids}
-    logits = model(**inputs, **positions, use_cache=False).logits[probe.mask.bool().to(model.device)].cpu()
+def _ask(model: PreTrainedModel, probe: Probe, tokens: int) -> Answer:
+    inputs: dict[str, Any] = {"input_ids": probe.ids.to(model.device), "attention_mask": probe.mask.to(model.device)}
+    if isinstance(model, HopeForCausalLM):
+        inputs["learn"] = "off"
+    # Hope counts a row's own tokens. Unlike `generate()`, the stock `forward()` counts padding where it is not told.
+    positions = (probe.mask.cumsum(1) - 1).clamp(min=0).to(model.device)
+    logits = model(**inputs, position_ids=positions, use_cache=False).logits[probe.mask.bool().to(model.device)].cpu()
     if not logits.isfinite().all():
         raise ValueError(
             f"The {type(model).__name__} gives logits that are not finite: weights are damaged, or overflow."

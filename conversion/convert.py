@@ -184,9 +184,9 @@ def _generation_config(source: Source) -> GenerationConfig:
     return copy.deepcopy(source.generation_config)
 
 
-def _compare(plan: ConversionPlan, hope_model: Callable[[], HopeForCausalLM]) -> None:
+def _compare(plan: ConversionPlan, given_model: Callable[[], HopeForCausalLM]) -> None:
     """Into the report; a difference that no rounding explains is an error."""
-    found = compare(plan.comparable_source, hope_model, plan.source.tokenizer, limit=plan.limit)
+    found = compare(plan.comparable_source, given_model, plan.source.tokenizer, limit=plan.limit)
     plan.report.comparison = found
     exact = torch.promote_types(plan.dtype, plan.source.dtype) == plan.dtype
     if exact and not plan.changes_function and found.relative > LARGEST_DIFFERENCE:

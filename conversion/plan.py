@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +20,7 @@ from .fresh import fresh_parameters
 from .mixer import mixer_fields, take_over
 from .recipe import Recipe
 from .report import ConversionReport, fast_weight_bytes
-from .rope import length_of_unscaled, rope_at
+from .rope import length_of_unscaled, rope_at, with_rope
 from .route import Route, plan_routes
 from .source import Source
 from .strategy import LevelPlan, plan_levels
@@ -45,6 +44,7 @@ class ConversionPlan:
         fresh: parameters that no source tensor becomes.
         report: all that can be said before the weights are read.
         limit: most tokens on which it is equal to the source; `None` for any number.
+        scaled: it reads with the rotary angles that the source has for longer texts alone.
 
     Raises:
         ValueError: the source is of no supported family, needs what Hope has not, has a tensor without a place or lacks
@@ -77,12 +77,13 @@ class ConversionPlan:
             recipe.learning_layers,
             fields.get("norm_placement", "pre"),
         )
-        self.limit = None
+        self.limit, self.scaled = None, False
         for name in ("rope_parameters", "local_rope_parameters"):
             if fields.get(name) is not None:
                 unscaled = length_of_unscaled(fields[name], source)
-                if unscaled is not None and (recipe.rope_length or 0) <= unscaled:
-                    self.limit = unscaled
+                if unscaled is not None:
+                    self.scaled = (recipe.rope_length or 0) > unscaled
+                    self.limit = None if self.scaled else unscaled
                 fields[name] = rope_at(fields[name], source, recipe.rope_length)
         fields |= plan.fields | self._attention(layers)
         if recipe.mixer_layers:
@@ -209,13 +210,7 @@ class ConversionPlan:
     def comparable_source(self) -> PreTrainedModel:
         """The source, with the rotary angles of the one length that was asked for."""
         model = self.source.model()
-        if self.recipe.rope_length is None:
-            return model
-        config = copy.deepcopy(model.config)
-        config.rope_parameters = rope_at(config.rope_parameters, config, self.recipe.rope_length)
-        model = copy.deepcopy(model)
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)
-        return model
+        return with_rope(model, self.config.rope_parameters) if self.scaled else model
 
     @property
     def changes_function(self) -> bool:

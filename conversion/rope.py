@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
+
+from transformers import PreTrainedModel
 
 
 def rope_at(rope: dict[str, Any], config: Any, length: int | None) -> dict[str, Any]:
@@ -38,3 +41,17 @@ def length_of_unscaled(rope: dict[str, Any], config: Any) -> int | None:
     if kind == "dynamic":
         return config.max_position_embeddings
     return rope["original_max_position_embeddings"] if kind == "longrope" else None
+
+
+def with_rope(model: PreTrainedModel, rope: dict[str, Any]) -> PreTrainedModel:
+    """A copy of a model of a family with one rope, reading with the angles of `rope`."""
+    config = copy.deepcopy(model.config)
+    config.rope_parameters = dict(rope)
+    fixed = copy.deepcopy(model)
+    fixed.base_model.rotary_emb = type(fixed.base_model.rotary_emb)(config)
+    return fixed
+
+
+def same_angles(one: dict[str, Any] | None, other: dict[str, Any]) -> bool:
+    """Whether two `rope_parameters` that `rope_at` gave, of the same source, are of the same length."""
+    return all((one or {}).get(name) == other.get(name) for name in ("rope_theta", "short_factor"))

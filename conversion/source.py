@@ -18,10 +18,10 @@ from transformers import initialization as init
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from .checkpoint_files import CheckpointFiles
-from .tensor_info import TensorInfo
 from .config_file import read_config
 from .gguf_file import GgufFile
 from .hub import download_description, download_weights, is_hub_name
+from .tensor_info import TensorInfo
 from .tokenizer_files import check_vocabulary, read_tokenizer
 
 

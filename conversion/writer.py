@@ -11,11 +11,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .staging import staged_directory
 from .tensor_info import TensorInfo
-
-
-__all__ = ["CheckpointWriter", "staged_directory"]
 
 
 DTYPE_NAMES = {dtype: name for name, dtype in str_to_torch_dtype.items()}

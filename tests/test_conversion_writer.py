@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from modeling_hope.benchmarks import conversion_peak
 from modeling_hope.conversion import writer as writing
+from modeling_hope.conversion.staging import staged_directory
 from modeling_hope.conversion.tensor_info import TensorInfo
-from modeling_hope.conversion.writer import CheckpointWriter, staged_directory
+from modeling_hope.conversion.writer import CheckpointWriter
 
 
 def llama(**fields):
