@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -353,7 +354,7 @@ def write_gguf(path, model, tokens=40, add=lambda writer: None, without=()):
     writer.close()
 
 
-def test_gguf_files(tmp_path, caplog):
+def test_gguf_files(tmp_path, caplog, monkeypatch):
     gguf = pytest.importorskip("gguf")
     model = llama()
     write_gguf(tmp_path / "good.gguf", model)
@@ -388,6 +389,9 @@ def test_gguf_files(tmp_path, caplog):
             open_source(tmp_path / "bad.gguf").infos()
     with pytest.raises(ValueError, match="`vocab_size`: 1 of its tokens"):
         open_source(tmp_path / "good.gguf", tokenizer=chat_tokenizer(words=41))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match="package gguf"):
+        open_source(tmp_path / "good.gguf")
 
 
 def test_what_is_no_checkpoint_is_refused(checkpoint, tmp_path):
@@ -524,6 +528,8 @@ def test_a_tokenizer_that_the_model_has_no_rows_for_is_refused(checkpoint, tmp_p
     )
     assert images.convert_tokens_to_ids("<image>") == 40
     assert open_source(model, tokenizer=images).tokenizer is images
+    images.save_pretrained(directory)
+    assert open_source(directory).tokenizer.image_token == "<image>"
     (directory / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="does not load"):
         open_source(directory)
