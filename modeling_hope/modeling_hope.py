@@ -88,11 +88,10 @@ class HopeScaledEmbedding(nn.Embedding):
     @property
     def embed_scale(self) -> torch.Tensor:
         """By this name PEFT finds what its adapters of embeddings have to be multiplied by as well."""
-        return torch.tensor(self.multiplier)
+        return torch.tensor(self.multiplier, dtype=self.weight.dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        embeds = super().forward(input)
-        return embeds * torch.tensor(self.multiplier, dtype=embeds.dtype)
+        return super().forward(input) * self.embed_scale
 
 
 class HopePreTrainedModel(PreTrainedModel):

@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from modeling_hope import HopeCache, HopeForCausalLM
 from modeling_hope.attention import eager_attention
 
-from .conftest import FAMILIES, MEMORY, assert_same_memory, random_ids, tiny_config, tiny_model
+from .conftest import BLOCKS, FAMILIES, MEMORY, assert_same_memory, random_ids, tiny_config, tiny_model
 
 
 MASK = torch.tensor([[0, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1], [1] * 12])
@@ -42,13 +42,17 @@ def test_sdpa_and_eager_agree(fields):
     assert_agree(model, eager)
 
 
+CAPPED = {**BLOCKS["gemma"], "attn_logit_softcapping": 0.5}
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-def test_flex_agrees_and_on_a_cpu_does_not_learn(monkeypatch):
+@pytest.mark.parametrize("fields", [{}, CAPPED], ids=["plain", "capped"])
+def test_flex_agrees_and_on_a_cpu_does_not_learn(monkeypatch, fields):
     """Transformers compiles flex attention, which needs a C++ compiler; uncompiled it computes the same."""
     monkeypatch.setattr(
         transformers_flex.WrappedFlexAttention, "__call__", lambda self: transformers_flex.flex_attention
     )
-    model, flex = tiny_model(dtype=torch.float32), tiny_model(dtype=torch.float32)
+    model, flex = tiny_model(dtype=torch.float32, **fields), tiny_model(dtype=torch.float32, **fields)
     flex.set_attn_implementation("flex_attention")
     assert_agree(model, flex, learn="off", tolerance=1e-4)
     memory = HopeCache(flex.config)
@@ -57,12 +61,13 @@ def test_flex_agrees_and_on_a_cpu_does_not_learn(monkeypatch):
     assert_same_memory(memory, HopeCache(flex.config))
 
 
-def test_flash_attention_gets_rows_end_to_end(monkeypatch):
+@pytest.mark.parametrize("fields", [{"attention_sinks": 0}, CAPPED], ids=["plain", "capped"])
+def test_flash_attention_gets_rows_end_to_end(monkeypatch, fields):
     """Flash attention itself needs a GPU; what we hand to it is checked by one that reads the same arguments."""
     calls = []
 
-    def flash(module, query, key, value, mask, dropout, scaling, sliding_window, **lengths):
-        assert mask is None
+    def flash(module, query, key, value, mask, dropout, scaling, sliding_window, softcap=None, **lengths):
+        assert mask is None and softcap == fields.get("attn_logit_softcapping")
         calls.append(sorted(lengths))
         key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
         if not lengths:  # rows that are alike
@@ -82,10 +87,11 @@ def test_flash_attention_gets_rows_end_to_end(monkeypatch):
             ends = torch.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None]  # aligned at the bottom right
             distance = ends - torch.arange(k.shape[1])
             hidden = (distance < 0) | (distance >= (sliding_window or k.shape[1] + 1))
-            outputs.append(((q @ k.mT * scaling).masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1))
+            scores = q @ k.mT * scaling if softcap is None else (q @ k.mT * scaling / softcap).tanh() * softcap
+            outputs.append((scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1))
         return (torch.cat(outputs)[None] if lengths else torch.stack(outputs)), None
 
-    model, other = tiny_model(attention_sinks=0), tiny_model(attention_sinks=0)
+    model, other = tiny_model(**fields), tiny_model(**fields)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash)
     other.config._attn_implementation_internal = "flash_attention_2"
     assert other.model.layers[0].mixer.config._attn_implementation == "flash_attention_2"
@@ -124,6 +130,23 @@ def test_chosen_at_loading_later_and_by_a_function_of_ones_own(tmp_path):
         assert seen and all(mask is None or (mask[0] == torch.bool and len(mask[1]) == 4) for mask in seen)
     finally:
         ALL_ATTENTION_FUNCTIONS._global_mapping.pop("own_attention")
+
+
+def test_capped_scores_are_made_eagerly_unless_asked_otherwise_and_never_by_sdpa(tmp_path):
+    model = tiny_model(dtype=torch.float32, **CAPPED)
+    assert model.config._attn_implementation == "eager"
+    model.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "eager"
+    for ask in (
+        lambda: model.set_attn_implementation("sdpa"),
+        lambda: AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa"),
+        lambda: HopeForCausalLM._from_config(tiny_config(**CAPPED), attn_implementation="sdpa"),
+    ):
+        with pytest.raises(ValueError, match="`attn_logit_softcapping`"):
+            ask()
+    assert model.config._attn_implementation == "eager"
+    model.set_attn_implementation("flex_attention")
+    assert model.config._attn_implementation == "flex_attention"
 
 
 @pytest.mark.parametrize("layers", ["attention", "memory"])

@@ -11,7 +11,7 @@ from transformers.integrations.executorch import TorchExportableModuleForDecoder
 
 from modeling_hope import HopeCache
 
-from .conftest import MEMORY, assert_same_memory, random_ids, tiny_model
+from .conftest import BLOCKS, MEMORY, assert_same_memory, random_ids, stirred, tiny_model
 
 
 STATIC = {"use_cache": False, "learn": "off"}
@@ -72,6 +72,35 @@ def test_every_kind_of_memory_is_one_graph(fields):
     model, ids = tiny_model(**MEMORY, **fields), random_ids(2, 12)
     with torch.no_grad():
         torch.testing.assert_close(graph_of(model)[0](ids, **STATIC).logits, model(ids, **STATIC).logits)
+
+
+@pytest.mark.parametrize("name", ["gemma", "neox", "phi"])
+def test_blocks_of_other_families_are_one_graph_and_export(name):
+    model, ids = stirred(tiny_model(**BLOCKS[name], cms_periods=[None], cms_learning_rates=0.1)), random_ids(2, 12)
+    with torch.no_grad():
+        expected = model(ids, **STATIC).logits
+        torch.testing.assert_close(graph_of(model)[0](ids, **STATIC).logits, expected)
+        program = torch.export.export(model, (ids,), STATIC)
+        torch.testing.assert_close(program.module()(ids, **STATIC).logits, expected)
+
+
+def test_no_graph_reads_past_the_last_position():
+    model = tiny_model(**{**SMALL, "layer_types": ["full_attention"]}, sliding_window=None, learned_positions=True,
+                       max_position_embeddings=16)  # fmt: skip
+    compiled, _ = graph_of(model)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            compiled(random_ids(1, 16), **STATIC).logits, model(random_ids(1, 16), **STATIC).logits
+        )
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="max_position_embeddings=16"):
+            compiled(random_ids(1, 17), **STATIC)
+        shapes = {"input_ids": {1: torch.export.Dim.DYNAMIC}, **dict.fromkeys(STATIC)}
+        program = torch.export.export(model, (), {"input_ids": random_ids(1, 12), **STATIC}, dynamic_shapes=shapes)
+        for width in 7, 16:
+            ids = random_ids(1, width)
+            torch.testing.assert_close(program.module()(input_ids=ids, **STATIC).logits, model(ids, **STATIC).logits)
+        with pytest.raises(AssertionError, match="16"):
+            program.module()(input_ids=random_ids(1, 17), **STATIC)
 
 
 def test_all_that_can_be_asked_of_a_call_is_in_the_graph():
