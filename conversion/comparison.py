@@ -62,6 +62,17 @@ class Comparison:
     greedy_tokens: int
     greedy_agreement: int
 
+    def rows(self) -> list[tuple[str, str]]:
+        """Names and figures, for a terminal."""
+        largest, relative, kl = (f"{x:.1e}" if x else "0" for x in (self.max_difference, self.relative, self.kl))
+        rows = [
+            ("logits", f"max difference {largest}, {relative} of their range {self.range:.3g}"),
+            ("", f"mean KL {kl} nats a token, over {self.probe_tokens} tokens of {self.probe}"),
+        ]
+        if self.greedy_tokens:
+            rows.append(("greedy", f"{self.greedy_agreement} of {self.greedy_tokens} tokens the same"))
+        return rows
+
 
 class Probe(NamedTuple):
     """What both models read: `ids` and `mask` (1 for tokens, 0 for padding), `[2, width]` int64; `kind` as reported."""

@@ -127,7 +127,7 @@ class ExportPlan:
         limits = [window for window, native in pairs if window is not None and window != native]
         self.rope, rope = None, family.config_fields(self.config).get("rope_parameters")
         unscaled = None if rope is None else length_of_unscaled(rope, self.config)
-        if unscaled is not None:
+        if rope is not None and unscaled is not None:
             if same_angles(hope.rope_parameters, rope_at(rope, self.config, None)):
                 limits.append(unscaled)
             else:

@@ -29,7 +29,7 @@ from .tensor_info import TensorInfo
 
 # Of the source's config, what is true of the source alone.
 NOT_EXPORTED = ("transformers_version", "_name_or_path", "auto_map", "dtype")
-LM_HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+EMBEDDINGS = "model.embed_tokens.weight"
 
 
 class ConversionPlan:
@@ -77,11 +77,12 @@ class ConversionPlan:
             recipe.learning_layers,
             fields.get("norm_placement", "pre"),
         )
-        self.limit, self.scaled = None, False
+        self.limit, self.unscaled, self.scaled = None, None, False
         for name in ("rope_parameters", "local_rope_parameters"):
             if fields.get(name) is not None:
                 unscaled = length_of_unscaled(fields[name], source)
                 if unscaled is not None:
+                    self.unscaled = unscaled
                     self.scaled = (recipe.rope_length or 0) > unscaled
                     self.limit = None if self.scaled else unscaled
                 fields[name] = rope_at(fields[name], source, recipe.rope_length)
@@ -136,6 +137,7 @@ class ConversionPlan:
 
     def _check_tensors(self, routes: list[Route]) -> tuple[dict[str, Route], dict[str, str]]:
         """Every tensor of the source has a place, and every place a tensor, of its shape."""
+        self.tied_twice: list[str] = []  # heads that should be equal to the embeddings
         wanted = {route.source: route for route in routes}
         infos, prefix = self.source.infos(), self.family.prefix
         found, unneeded = {}, {}
@@ -148,6 +150,7 @@ class ConversionPlan:
                 unneeded[name] = "Hope computes it"
             elif full not in wanted and full in self._tied_heads():
                 unneeded[name] = "the embeddings are tied"
+                self.tied_twice.append(name)
             elif full not in wanted:
                 raise ValueError(f"`source` tensor {name!r} has no place in a Hope model.")
             else:
@@ -168,7 +171,7 @@ class ConversionPlan:
     def _report(self) -> ConversionReport:
         """Fates and origins; what no source tensor becomes is new."""
         report = ConversionReport(self.source.name, self.family.model_type, self.recipe.strategy)
-        report.notes = self.family.notes(self.source.config)
+        report.notes = self.family.notes(self.source.config) + self._notes()
         report.fates = {name: f"not needed: {reason}" for name, reason in self.unneeded.items()}
         meta = torch.device("meta")
         for name, route in self.routes.items():
@@ -189,6 +192,25 @@ class ConversionPlan:
         report.parameters = sum(info.numel for info in self.infos.values())
         report.memory_bytes = fast_weight_bytes(self.model, self.dtype)
         return report
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if self.recipe.mixer_layers:
+            layers = ", ".join(map(str, sorted(set(self.recipe.mixer_layers))))
+            notes.append(
+                f"attention of layers {layers}: replaced by the self-modifying memory, so that the model is not equal to its "
+                "source before it is trained"
+            )
+        if self.recipe.window is not None:
+            notes.append(f"sliding window {self.recipe.window}: equal to the source as far as the window reaches")
+        if self.scaled:
+            notes.append(f"rope: equal to the source in texts of {self.recipe.rope_length} tokens")
+        elif self.unscaled is not None:
+            notes.append(
+                f"rope: equal to the source in texts of up to {self.unscaled} tokens, beyond which its angles depend on the "
+                "length (see rope_length)"
+            )
+        return notes
 
     def _is_no_op(self, name: str) -> bool:
         return any(
@@ -219,8 +241,16 @@ class ConversionPlan:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter of the Hope model, once, in the order of the source's tensors; views where that is possible."""
+        same: list[torch.Tensor] = []
         for name, tensor in self.source.tensors():
             route = self.routes.get(name)
+            if self.tied_twice and (name in self.tied_twice or (route and EMBEDDINGS in route.targets)):
+                same.append(tensor)
+                if len(same) == 2 and not torch.equal(*same):
+                    raise ValueError(
+                        f"`source` has a {self.tied_twice[0]} that differs from its embeddings, and tie_word_embeddings=True in "
+                        "its config: set it to false, or take the tensor out."
+                    )
             if route is None:
                 continue
             for part, piece in route.split(tensor):

@@ -87,7 +87,7 @@ class ConversionReport:
             ("tensors", f"{len(self.fates) - unneeded} mapped, {unneeded} not needed, {new} new, none left over"),
             ("parameters", f"{self.parameters:,}, the source's {self.source_parameters:,}"),
             *_memory_rows(self.memory_bytes),
-            *_comparison_rows(self.comparison),
+            *([("logits", "not compared")] if self.comparison is None else self.comparison.rows()),
         ]
         return "\n".join(f"{name:<16} {value}" for name, value in rows)
 
@@ -160,19 +160,6 @@ def _size(number: int) -> str:
     power = min(int(math.log2(number)) // 10, 4)
     size = number / 1024**power
     return f"{size:,.{1 if size < 100 else 0}f} {('KiB', 'MiB', 'GiB', 'TiB')[power - 1]}"
-
-
-def _comparison_rows(found: Comparison | None) -> list[tuple[str, str]]:
-    if found is None:
-        return [("logits", "not compared")]
-    largest, relative, kl = (f"{x:.1e}" if x else "0" for x in (found.max_difference, found.relative, found.kl))
-    rows = [
-        ("logits", f"max difference {largest}, {relative} of their range {found.range:.3g}"),
-        ("", f"mean KL {kl} nats a token, over {found.probe_tokens} tokens of {found.probe}"),
-    ]
-    if found.greedy_tokens:
-        rows.append(("greedy", f"{found.greedy_agreement} of {found.greedy_tokens} tokens the same"))
-    return rows
 
 
 def _lines(fates: Iterable[tuple[str, list[str]]], arrow: str = "") -> str:

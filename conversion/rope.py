@@ -43,10 +43,10 @@ def length_of_unscaled(rope: dict[str, Any], config: Any) -> int | None:
     return rope["original_max_position_embeddings"] if kind == "longrope" else None
 
 
-def with_rope(model: PreTrainedModel, rope: dict[str, Any]) -> PreTrainedModel:
+def with_rope(model: PreTrainedModel, rope: dict[str, Any] | None) -> PreTrainedModel:
     """A copy of a model of a family with one rope, reading with the angles of `rope`."""
     config = copy.deepcopy(model.config)
-    config.rope_parameters = dict(rope)
+    config.rope_parameters = dict(rope or {})
     fixed = copy.deepcopy(model)
     fixed.base_model.rotary_emb = type(fixed.base_model.rotary_emb)(config)
     return fixed

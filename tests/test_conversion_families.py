@@ -1,0 +1,184 @@
+"""Every family, by every strategy: the same logits and tokens as Transformers' own class, and the same weights back."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, Phi3Config, PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from modeling_hope import HopeCache, consolidate
+from modeling_hope.conversion import convert, export_transformer
+from modeling_hope.conversion.families import FAMILIES
+
+from .conftest import random_ids
+from .stock_models import CONFIGS, LONGROPE, SHARED, TRAINED, WINDOW, stock_model
+
+
+PERIODS = (4, 8, 16)
+LONGER = TRAINED + 8  # than any window, and than what was trained on
+
+
+def padded_batch(width):
+    ids, mask = random_ids(3, width), torch.ones(3, width, dtype=torch.int64)
+    mask[1, : width // 3] = mask[2, : width // 5] = 0
+    return ids, mask
+
+
+@torch.no_grad()
+def assert_equal_to(source, model, width=LONGER, new=64):
+    """In logits, to 1e-4 of their range, and in greedy tokens: padded rows, past windows and past the trained context."""
+    ids, mask = padded_batch(width)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    expected = source(ids, attention_mask=mask, position_ids=positions).logits
+    given = model(ids, attention_mask=mask, learn="off").logits
+    assert (given - expected).abs()[mask.bool()].max() <= 1e-4 * (expected.max() - expected.min())
+    options = {"attention_mask": mask, "max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    assert model.generate(ids, learn="off", **options).tolist() == source.generate(ids, **options).tolist()
+
+
+@pytest.mark.parametrize("strategy", ["depth", "split", "stack"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_greedy_tokens_are_the_source_s(name, strategy):
+    source = stock_model(CONFIGS[name])
+    model = convert(source, strategy=strategy, periods=PERIODS, check=False)
+    assert_equal_to(source, model)
+    memory = HopeCache(model.config)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        model(random_ids(1, 16), past_key_values=memory, learn="all")
+    assert memory.rows[0].updates == (4, 2, 1) and all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert not any(isinstance(value, float) and value != value for value in model.conversion_report.memory_bytes.values())
+
+
+@pytest.mark.parametrize("strategy", ["depth", "split"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_way_back_gives_the_same_weights(name, strategy, tmp_path):
+    source = stock_model(CONFIGS[name])
+    convert(source, tmp_path / "hope", strategy=strategy, periods=PERIODS, check=False, max_shard_size="8KB")
+    found = export_transformer(tmp_path / "hope", tmp_path / "back", max_shard_size="9KB")
+    assert found.relative <= 1e-4 and found.greedy_agreement == found.greedy_tokens > 0
+    back, report = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert type(back) is type(source) and not any(report.values())
+    for (given, tensor), (expected, original) in zip(
+        sorted(back.state_dict().items()), sorted(source.state_dict().items()), strict=True
+    ):
+        assert given == expected and tensor.dtype == original.dtype and torch.equal(tensor, original)
+    ours, theirs = back.config.to_dict(), source.config.to_dict()
+    assert {key for key in ours if ours[key] != theirs.get(key)} <= {"architectures", "dtype", "_name_or_path"}
+
+
+@pytest.mark.parametrize("strategy", ["depth", "split"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "gemma3"])
+def test_what_memories_learned_can_be_exported(name, strategy, tmp_path):
+    source = stock_model(CONFIGS[name])
+    model = convert(source, strategy=strategy, periods=PERIODS, check=False)
+    memory = HopeCache(model.config, 2)
+    with torch.no_grad():
+        model(random_ids(2, 20), past_key_values=memory, learn="all")
+    learned = consolidate(model, memory)
+    export_transformer(learned, tmp_path / "back")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert_equal_to(back, learned)
+    ids = random_ids(1, 9)
+    with torch.no_grad():
+        assert (back(ids).logits - source(ids).logits).abs().max() > 1e-3
+
+
+def test_every_field_of_a_family_s_config_is_spoken_of():
+    """A field that Transformers adds has to be thought about."""
+    common = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    for config in CONFIGS.values():
+        family = FAMILIES[config.model_type]
+        own = {field.name for field in dataclasses.fields(config)} - common
+        assert own | {"pad_token_id", "bos_token_id", "eos_token_id"} == (
+            family.fields_known() & own | {"pad_token_id", "bos_token_id", "eos_token_id"}
+        ), (config.model_type, own - family.fields_known())
+    assert {config.model_type for config in CONFIGS.values()} == set(FAMILIES)
+
+
+ROPES = {
+    "default": {},
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "longrope": {**LONGROPE, "short_factor": [1.0, 1.1, 1.3], "long_factor": [2.0, 3.0, 5.0]},
+    "llama3": {
+        "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_every_kind_of_rope(rope, tmp_path):
+    parameters = {"rope_type": rope, "rope_theta": 500.0, **ROPES[rope]}
+    source = stock_model(LlamaConfig(**SHARED, head_dim=6, rope_parameters=dict(parameters)))
+    model = convert(source, periods=PERIODS)
+    assert model.conversion_report.comparison.relative <= 1e-4
+    by_length = rope in ("dynamic", "longrope")
+    assert any("length" in note for note in model.conversion_report.notes) == by_length
+    if not by_length:
+        assert_equal_to(source, model)
+        return
+    assert_equal_to(source, model, width=TRAINED - 12, new=12)
+    # Longer texts are read by other angles: those of one length, which has to be given.
+    ids = random_ids(2, LONGER)
+    for strategy in ("depth", "split"):
+        longer = convert(source, strategy=strategy, periods=PERIODS, rope_length=LONGER)
+        assert longer.conversion_report.comparison.relative <= 1e-4
+        with torch.no_grad():
+            expected, given = source(ids).logits, longer(ids, learn="off").logits
+            assert (given - expected).abs().max() <= 1e-4 * (expected.max() - expected.min())
+            assert (given - model(ids, learn="off").logits).abs().max() > 1e-3
+        if rope == "longrope":
+            assert_equal_to(source, longer)
+        export_transformer(longer, tmp_path / strategy)
+    assert set(ROPES) | {"proportional"} >= set(ROPE_INIT_FUNCTIONS)
+
+
+def test_phi3_with_longrope_in_a_part_of_each_head(tmp_path):
+    rope = {**LONGROPE, "partial_rotary_factor": 0.5}
+    fields = {**SHARED, "hidden_size": 32, "max_position_embeddings": 4 * TRAINED}
+    config = Phi3Config(**fields, original_max_position_embeddings=TRAINED, rope_parameters=rope)
+    source = stock_model(config)
+    assert_equal_to(source, convert(source, periods=PERIODS), width=TRAINED - 12, new=12)
+    longer = convert(source, periods=PERIODS, rope_length=2 * TRAINED)
+    assert_equal_to(source, longer)
+    export_transformer(longer, tmp_path / "back")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").config.rope_parameters == config.rope_parameters
+
+
+def test_windows_that_are_added_leave_native_ones_alone():
+    source = stock_model(CONFIGS["gemma3"])
+    model = convert(source, periods=PERIODS, window=20, attention_sinks=3)
+    assert model.config.layer_windows == [WINDOW, WINDOW, 20, WINDOW] and model.config.layer_sinks == [0, 0, 3, 0]
+    ids = random_ids(1, 20)
+    with torch.no_grad():
+        expected, given = source(ids).logits, model(ids, learn="off").logits
+    assert (given - expected).abs().max() <= 1e-4 * (expected.max() - expected.min())
+    everywhere = convert(stock_model(CONFIGS["mistral"]), periods=PERIODS, window=20)
+    assert (everywhere.config.sliding_window, everywhere.config.attention_sinks) == (WINDOW, 0)
+    added = convert(stock_model(CONFIGS["llama"]), periods=PERIODS, window=20)
+    assert (added.config.sliding_window, added.config.attention_sinks) == (20, 4)
+
+
+def test_what_a_family_needs_and_hope_has_not_is_refused_by_name():
+    cases = [
+        (Gemma2Config(**SHARED, head_dim=6, use_bidirectional_attention=True), "use_bidirectional_attention"),
+        (LlamaConfig(**SHARED, pretraining_tp=2), "pretraining_tp"),
+        (GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, add_cross_attention=True), "add_cross_attention"),
+    ]
+    for config, field in cases:
+        with pytest.raises(ValueError, match=field):
+            convert(stock_model(config))
+
+
+def test_bf16_stays_and_rounds_as_the_source_does():
+    for name in ("gemma3", "granite", "llama"):
+        source = stock_model(CONFIGS[name]).bfloat16()
+        model = convert(source, periods=PERIODS)
+        assert model.dtype == torch.bfloat16 and model.conversion_report.comparison.relative <= 1e-4
+        ids = random_ids(1, 12)
+        with torch.no_grad():
+            expected, given = source(ids).logits.float(), model(ids, learn="off").logits.float()
+        assert (given - expected).abs().max() <= 0.05 * (expected.max() - expected.min())
