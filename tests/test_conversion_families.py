@@ -33,7 +33,13 @@ def assert_equal_to(source, model, width=LONGER, new=64):
     expected = source(ids, attention_mask=mask, position_ids=positions).logits
     given = model(ids, attention_mask=mask, learn="off").logits
     assert (given - expected).abs()[mask.bool()].max() <= 1e-4 * (expected.max() - expected.min())
-    options = {"attention_mask": mask, "max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": new,
+        "min_new_tokens": new,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
     assert model.generate(ids, learn="off", **options).tolist() == source.generate(ids, **options).tolist()
 
 
@@ -48,7 +54,9 @@ def test_logits_and_greedy_tokens_are_the_source_s(name, strategy):
     with torch.no_grad():
         model(random_ids(1, 16), past_key_values=memory, learn="all")
     assert memory.rows[0].updates == (4, 2, 1) and all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    assert not any(isinstance(value, float) and value != value for value in model.conversion_report.memory_bytes.values())
+    assert not any(
+        isinstance(value, float) and value != value for value in model.conversion_report.memory_bytes.values()
+    )
 
 
 @pytest.mark.parametrize("strategy", ["depth", "split"])

@@ -296,7 +296,10 @@ def test_a_real_report_in_lines_and_in_a_file(tmp_path):
     source = llama()
     made = convert(source, tmp_path / "out", strategy="stack", periods=(4, 8)).conversion_report
     assert made.fates.keys() == source.state_dict().keys()
-    assert {origin for origin in made.origins.values() if origin not in made.fates} == {"new: zero", "new: initialised"}
+    assert {origin for origin in made.origins.values() if origin not in made.fates} == {
+        "new: zero, so that the level is a no-op",
+        "new: initialised",
+    }
     assert set(made.fates.values()) <= made.origins.keys()
     for path in (tmp_path / "out", tmp_path / "out" / REPORT_FILE, str(tmp_path / "out")):
         loaded = ConversionReport.load(path)

@@ -227,10 +227,11 @@ def test_what_others_wrote_meanwhile_is_kept(taken):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
-def test_the_benchmark_of_the_peak_runs_small(tmp_path):
+def test_the_benchmark_of_the_peak_runs_small(tmp_path, capsys):
     source = conversion_peak.make_checkpoint(tmp_path / "source", layers=2, width=64, shard_size="100KB")
     assert len(list(source.glob("model-*.safetensors"))) > 2
-    conversion_peak.convert(source, tmp_path / "out", torch.float32, "100KB")
+    conversion_peak.measure(source, tmp_path / "out", torch.float32, "100KB")
+    assert capsys.readouterr().out.startswith("imports=")
     assert conversion_peak.count_equal(source, tmp_path / "out") == 2 * 9 + 3
     assert conversion_peak.largest_shard(tmp_path / "out") < 0.2
     file = next(file for file in (tmp_path / "out").glob("*.safetensors") if "lm_head.weight" in load_file(file))
