@@ -86,8 +86,8 @@ class HopeConfig(PreTrainedConfig):
     r"""
     Configuration of a Hope model (*Nested Learning*, arXiv 2512.24695). Fields that Llama has bear Llama's names.
 
-    Each layer is a mixer followed by a continuum memory system (CMS): SwiGLU MLP blocks, the *levels*, that learn at
-    test time, each at its own pace.
+    Each layer is a mixer followed by a continuum memory system (CMS): MLP blocks, the *levels*, that learn at test time,
+    each at its own pace.
 
     Args:
         intermediate_size (`int` or `list[int]`, *optional*):
@@ -107,7 +107,8 @@ class HopeConfig(PreTrainedConfig):
             First tokens of the stream that stay in view of a sliding window; one number, or one per layer. Without them
             a window that leaves the start behind ruins a model that was not trained with it.
         rope_parameters (`dict`, *optional*):
-            Rotary positions, as Transformers has them; `partial_rotary_factor` turns the first part of a head only.
+            Rotary positions, as Transformers has them for one kind of layer: `rope_type`, `rope_theta` and so on;
+            `partial_rotary_factor` turns the first part of a head only. Unset: Llama's defaults.
         local_rope_parameters (`dict`, *optional*):
             The same for layers that `layer_ropes` calls `"local"`.
         layer_ropes (`list[str | None]`, *optional*):
@@ -115,11 +116,11 @@ class HopeConfig(PreTrainedConfig):
             (`local_rope_parameters`), or `None` for nothing. Unset: `"global"` in all.
         learned_positions (`bool`, defaults to `False`):
             Add a learned embedding of its position to each token's. Nothing can be read beyond
-            `max_position_embeddings` then.
+            `max_position_embeddings` then. Ropes turn as `layer_ropes` says, whether or not there are such embeddings.
         attention_output_bias (`bool`, *optional*):
             Whether the output projection has a bias. Unset: as `attention_bias` says, which the others follow.
         qk_norm (`str`, *optional*):
-            RMSNorm of queries and keys: of each `"head"`, or over `"all"` heads together.
+            RMSNorm of queries and keys, whatever the `norm_type`: of each `"head"`, or over `"all"` heads together.
         attention_multiplier (`float` or `list[float]`, *optional*):
             Factor of the attention scores, one number or one per layer. Unset: `head_dim ** -0.5`.
         attn_logit_softcapping (`float`, *optional*):
@@ -129,7 +130,7 @@ class HopeConfig(PreTrainedConfig):
         norm_type (`str`, defaults to `"rms_norm"`):
             `"rms_norm"`, or `"layer_norm"` with a bias. `rms_norm_eps` is the epsilon of both.
         norm_weight_offset (`float`, defaults to 0.0):
-            Added to the weight of an RMSNorm.
+            Added to the weights of RMSNorms, those of `qk_norm` too; not in the self-modifying memory.
         norm_placement (`str`, defaults to `"pre"`):
             Where the norms of mixers and levels are: `"pre"`, `x + f(norm(x))`; `"post"`, `x + norm(f(x))`; or `"both"`.
         cms_norm_placement (`str` or `list[str]`, *optional*):
@@ -137,7 +138,7 @@ class HopeConfig(PreTrainedConfig):
         parallel_residual (`bool`, defaults to `False`):
             The levels read what the mixer reads, and the outputs of both are added.
         residual_multiplier, embedding_multiplier, logits_scaling (`float`, default to 1.0):
-            Factors of what a mixer or a level adds and of the embeddings; divisor of the logits.
+            Factors of what a mixer or a level adds and of the embeddings (rounded to their dtype); divisor of the logits.
         num_memory_heads (`int`, *optional*):
             Heads H of the self-modifying memory. Unset: `num_attention_heads`.
         memory_head_dim (`int`, *optional*):
@@ -304,6 +305,8 @@ class HopeConfig(PreTrainedConfig):
                 f"HopeConfig has no field `{unknown[0]}`; see its documentation for those that start with "
                 f"{unknown[0].split('_')[0]}_."
             )
+        for name in ROPE_FIELDS:
+            _refuse_nested(name, getattr(self, name))
         self.complete()
         super().__post_init__(**kwargs)
 
@@ -542,12 +545,7 @@ class HopeConfig(PreTrainedConfig):
             self._check_rope(name, getattr(self, name) or {})
 
     def _check_rope(self, name: str, parameters: dict[str, Any]) -> None:
-        nested = next((key for key, value in parameters.items() if isinstance(value, dict)), None)
-        if nested is not None:
-            raise ValueError(
-                f"`{name}` has a dict for {nested!r}: give the parameters of one rope here, those of another as "
-                "`local_rope_parameters`, and say in `layer_ropes` which layer has which."
-            )
+        _refuse_nested(name, parameters)
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
             known = ", ".join(map(repr, ["default", *ROPE_INIT_FUNCTIONS]))
@@ -677,6 +675,16 @@ def _one_per_layer(value: Any, layers: int) -> list[Any]:
 def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"`{field}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def _refuse_nested(field: str, rope: dict[str, Any] | None) -> None:
+    """Raise `ValueError` for parameters by layer type, as some models of Transformers have them."""
+    nested = next((key for key, value in (rope or {}).items() if isinstance(value, dict)), None)
+    if nested is not None:
+        raise ValueError(
+            f"`{field}` has a dict for {nested!r}: give the parameters of one rope here, those of another as "
+            "`local_rope_parameters`, and say in `layer_ropes` which layer has which."
+        )
 
 
 def _same_at_all_lengths(longrope: dict[str, Any]) -> bool:

@@ -95,6 +95,7 @@ class SlowHope:
         # Angles and their cosines are float32 in every Transformers model.
         inverse = 1.0 / rope["rope_theta"] ** (torch.arange(0, turned, 2).float() / turned)
         angle = position * (inverse / torch.tensor(rope.get("short_factor", 1.0)))
+        # Some kinds of rope scale as well as turn, which a key that is turned again has had.
         scale = 1.0 if again else rope.get("attention_factor", 1.0)
         cos, sin = angle.cos().to(x) * scale, angle.sin().to(x) * scale
         one, two = x.chunk(2, -1)
