@@ -124,6 +124,8 @@ def attend(
     options: dict[str, Any] = {"dropout": dropout, "scaling": module.scaling}
     if module.config.attn_logit_softcapping is not None:
         options["softcap"] = module.config.attn_logit_softcapping
+    if _needs_second_derivative(module):
+        implementation = _twice_differentiable(implementation)
     if is_flash_attention_requested(requested_attention_implementation=implementation):
         return _flash_attend(module, queries, keys, values, plan, options)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
@@ -140,6 +142,24 @@ def attend(
     if len(outputs) == 1:
         return outputs[0], weights[0] if weights else None
     return torch.cat(outputs, dim=1), torch.cat(weights, dim=2) if weights else None
+
+
+def _needs_second_derivative(module: HopeAttention) -> bool:
+    return module.training and module.config.cms_training == "second_order"
+
+
+def _twice_differentiable(implementation: str | None) -> str | None:
+    """In the place of sdpa, whose kernels have a first derivative only, eager attention."""
+    if implementation == "sdpa":
+        return "eager"
+    if implementation == "flex_attention" or is_flash_attention_requested(
+        requested_attention_implementation=implementation
+    ):
+        raise ValueError(
+            f"`attn_implementation={implementation!r}` has no second derivative, which cms_training='second_order' needs: "
+            "load the model with attn_implementation='eager' or 'sdpa' (which trains as eager does)."
+        )
+    return implementation
 
 
 def _over_all(weights: torch.Tensor, block: Block, slots: int) -> torch.Tensor:

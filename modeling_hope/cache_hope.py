@@ -262,6 +262,8 @@ class HopeCache(Cache):
         """Drop the graph of an outer gradient; a memory that outlives its call must not keep it alive."""
         for layer in self.layers:
             layer.map_states(lambda state: state.detach())
+            for level, memories in layer.levels.items():
+                layer.levels[level] = [memory.detach() for memory in memories]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """

@@ -19,7 +19,7 @@ VARIANTS = ("sequential", "nested", "independent")
 AGGREGATIONS = ("sum", "weighted_sum", "gated", "concat", "attention")
 FAST_WEIGHTS = ("all", "down_proj")
 OPTIMIZERS = ("sgd", "momentum", "dgd")
-TRAINING_MODES = ("static", "first_order")
+TRAINING_MODES = ("static", "first_order", "second_order")
 NORMS = ("rms_norm", "layer_norm")
 NORM_PLACEMENTS = ("pre", "post", "both")
 QK_NORMS = ("head", "all")
@@ -205,8 +205,12 @@ class HopeConfig(PreTrainedConfig):
         cms_learning (`bool`, defaults to `True`):
             Whether the model learns at test time, in `eval()` mode, when the call does not say.
         cms_training (`str`, defaults to `"static"`):
-            The same in `train()` mode: `"static"` (levels are plain MLPs) or `"first_order"` (updates run in the
-            forward pass; the outer gradient takes them as constants).
+            The same in `train()` mode: `"static"` (levels are plain MLPs), `"first_order"` (updates run in the forward
+            pass; the outer gradient takes them as constants) or `"second_order"` (the outer gradient flows through them,
+            into the initial weights and into learned rates).
+        cms_max_backprop_updates (`int`, *optional*, defaults to 4):
+            `"second_order"` only: through how many of a level's last updates in a call the gradient flows; the earlier
+            ones are constants. What the graph of the updates takes in memory grows with it. `None` for all.
         converted_from (`dict`, *optional*):
             The config of the Transformer that this model was converted from, to which it can be exported back.
 
@@ -294,6 +298,7 @@ class HopeConfig(PreTrainedConfig):
     cms_momentum: int | float = 0.9
     cms_learning: bool = True
     cms_training: str = "static"
+    cms_max_backprop_updates: int | None = 4
     converted_from: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -639,6 +644,10 @@ class HopeConfig(PreTrainedConfig):
         for name in ("cms_nested_rate", "cms_momentum"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
+        if self.cms_max_backprop_updates is not None and self.cms_max_backprop_updates < 0:
+            raise ValueError(
+                f"`cms_max_backprop_updates` must be 0 or more, or None for all, got {self.cms_max_backprop_updates}."
+            )
         if math.isnan(self.cms_surprise_threshold):
             raise ValueError("`cms_surprise_threshold` must be a number of nats, got nan.")
         if self.cms_max_update_norm is not None and not self.cms_max_update_norm > 0:

@@ -88,6 +88,12 @@ class HopeContinuumMemory(nn.Module):
         check_on_device(self)
         return self.log_learning_rates[self.held.index(level)].exp().item()
 
+    def learned_rate(self, level: int) -> torch.Tensor | float:
+        """The same, with its gradient where it is learned."""
+        if self.log_learning_rates is None:
+            return self.learning_rate(level)
+        return self.log_learning_rates[self.held.index(level)].exp()
+
     def initialise(self) -> None:
         if self.log_learning_rates is not None:
             rates = torch.tensor([self.config.level_learning_rates[level] for level in self.held])

@@ -61,6 +61,11 @@ class LevelMemory:
     def with_change(self, change: Tensors, **fields: Tensors) -> LevelMemory:
         return replace(self, change=change, _merged={}, **fields)
 
+    def detach(self) -> LevelMemory:
+        """Without the graph of an outer gradient; itself where there is none."""
+        tensors = (tensor for kind in MEMORY_TENSORS for tensor in getattr(self, kind).values())
+        return self.map(torch.Tensor.detach) if any(tensor.requires_grad for tensor in tensors) else self
+
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> LevelMemory:
         """With every tensor replaced."""
         kinds: dict[str, Any] = {
@@ -96,6 +101,7 @@ class LevelWeights:
         inputs, outputs: by map, `[batch, width, features]`, what went in and came out (without the bias), for the
             rules that need it (`dgd`).
         record: whether to record them.
+        connected: whether an outer gradient flows through the update, and so through what is recorded.
     """
 
     rows: list[dict[str, RowWeight] | None]
@@ -103,14 +109,16 @@ class LevelWeights:
     inputs: Tensors = field(default_factory=dict)
     outputs: Tensors = field(default_factory=dict)
     record: bool = False
+    connected: bool = False
 
     def linear(self, name: str, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """The map `name` of every row, `[batch, width, in_features]` to `[batch, width, out_features]`."""
         y = fast_linear(module, x, [row.get(name) if row else None for row in self.rows])
         if self.record and name in self.traced[0]:
             bias = getattr(module, "bias", None)
-            self.inputs[name] = x.detach()
-            self.outputs[name] = y.detach() if bias is None else (y - bias).detach()
+            y_alone = y if bias is None else y - bias
+            self.inputs[name] = x if self.connected else x.detach()
+            self.outputs[name] = y_alone if self.connected else y_alone.detach()
         return y
 
 
@@ -169,13 +177,20 @@ def reading_weights(
 
 
 def learning_weights(
-    mlp: nn.Module, memories: Sequence[LevelMemory], maps: Sequence[str], merge: bool, record: bool
+    mlp: nn.Module,
+    memories: Sequence[LevelMemory],
+    maps: Sequence[str],
+    merge: bool,
+    record: bool,
+    connected: bool = False,
 ) -> LevelWeights:
     """
     The weights of a run that is learned from: an alias of its own for every row, to take the gradient of.
 
     Own aliases keep the gradient of a segment from leaking into another through old keys and values, and keep the
     rows apart though they share the slow weights.
+
+    `connected`: an outer gradient flows through the update that this run makes.
     """
     check_on_device(mlp)
     rows: list[dict[str, RowWeight] | None] = []
@@ -190,10 +205,13 @@ def learning_weights(
             elif merge and can_merge(module):
                 weights[name] = RowWeight(_alias(memory.merged(name, module.weight)), whole=True)
             else:
-                weights[name] = RowWeight(_alias(_zero_change(module) if change is None else change), whole=False)
+                known = _zero_change(module) if change is None else change
+                # A change that an outer gradient flows through passes it on, whatever becomes of this update.
+                alias = known.view_as(known) if known.requires_grad else _alias(known)
+                weights[name] = RowWeight(alias, whole=False)
         rows.append(weights)
         traced.append({name: weight.tensor for name, weight in weights.items()})
-    return LevelWeights(rows, traced, record=record)
+    return LevelWeights(rows, traced, record=record, connected=connected)
 
 
 def _alias(tensor: torch.Tensor) -> torch.Tensor:

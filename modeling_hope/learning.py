@@ -74,11 +74,14 @@ def to_last_segment(seen: int, length: int, config: HopeConfig) -> int:
     return start - seen if seen < start else length
 
 
-def run_weights(model: HopeModel, cache: HopeCache, rows: Sequence[int], learn: bool, constant: bool) -> RunWeights:
+def run_weights(
+    model: HopeModel, cache: HopeCache, rows: Sequence[int], learn: bool, constant: bool, connected: bool = False
+) -> RunWeights:
     """
     The weights with which the levels run for these rows of the memory.
 
-    `learn`: to take the gradient of the run. `constant`: no outer gradient has to reach the slow weights.
+    `learn`: to take the gradient of the run. `constant`: no outer gradient has to reach the slow weights. `connected`: an
+    outer gradient flows through the update.
     """
     maps = model.config.learned_maps
     record = model.config.cms_optimizer == "dgd"
@@ -91,11 +94,32 @@ def run_weights(model: HopeModel, cache: HopeCache, rows: Sequence[int], learn: 
         for level, memories in cache_layer.levels.items():
             mlp, chosen = decoder_layer.cms.level(level), [memories[row] for row in rows]
             if level in learning:
-                used[level] = learning_weights(mlp, chosen, maps, merge=constant, record=record)
+                used[level] = learning_weights(mlp, chosen, maps, merge=constant, record=record, connected=connected)
             elif (weights := reading_weights(mlp, chosen, maps, merge=constant)) is not None:
                 used[level] = weights
         run.append(used)
     return run
+
+
+def connected_levels(config: HopeConfig, seen: int, end: int) -> list[int]:
+    """
+    Levels through whose next update an outer gradient flows, in second-order training.
+
+    It is one of the last `cms_max_backprop_updates` of its level in the call, and something is read after it.
+
+    Args:
+        seen: tokens that the row will have read at the end of the segment that is learned from.
+        end: tokens that it will have read at the end of the call.
+    """
+    most = config.cms_max_backprop_updates
+    levels = []
+    for level in config.learning_levels:
+        period = _period(config, level)
+        update = math.ceil(seen / period)
+        to_come = (end - 1) // period - update + 1
+        if to_come > 0 and (most is None or to_come <= most):
+            levels.append(level)
+    return levels
 
 
 def segment_loss(logits: torch.Tensor, ids: torch.Tensor, learn: torch.Tensor) -> torch.Tensor:
@@ -115,18 +139,23 @@ def segment_loss(logits: torch.Tensor, ids: torch.Tensor, learn: torch.Tensor) -
 
 
 def gradients(
-    loss: torch.Tensor, run: RunWeights, learn: torch.Tensor, config: HopeConfig, keep_graph: bool
+    loss: torch.Tensor,
+    run: RunWeights,
+    learn: torch.Tensor,
+    config: HopeConfig,
+    keep_graph: bool,
+    connected: Sequence[Sequence[int]] = (),
 ) -> list[dict[int, list[Tensors]]]:
     """
     Gradient of each row's segment loss with respect to its own changes: by layer, level, row and map.
 
-    `dgd` adds the gradient of 1/2 |W x|^2, x the input of a pair held constant (Eq. 57 summed over the segment).
+    `connected`: for each row, the levels whose gradients keep their graph. `dgd` adds the gradient of 1/2 |W x|^2, x the input of a pair held constant (Eq. 57 summed over the segment).
     """
     traced = [
         tensor for layer in run for weights in layer.values() for row in weights.traced for tensor in row.values()
     ]
     with torch.autocast(loss.device.type, enabled=False):
-        found = iter(torch.autograd.grad(loss.sum(), traced, retain_graph=keep_graph))
+        found = iter(torch.autograd.grad(loss.sum(), traced, retain_graph=keep_graph, create_graph=any(connected)))
     # A pair's input is the token before its target.
     inputs = F.pad(learn[:, 1:], (0, 1))
     result: list[dict[int, list[Tensors]]] = []
@@ -141,7 +170,7 @@ def gradients(
                     if config.cms_optimizer == "dgd":
                         x, y = weights.inputs[name][index], weights.outputs[name][index]
                         gradient = gradient + ((y * inputs[index, :, None]).mT @ x).to(gradient.dtype)
-                    taken[name] = gradient
+                    taken[name] = gradient if connected and level in connected[index] else gradient.detach()
                 rows.append(taken)
             if rows:
                 by_level[level] = rows
@@ -205,9 +234,10 @@ def _update(model: HopeModel, cache: HopeCache, row: int, level: int) -> None:
         for index, layer in enumerate(cache.layers)
         if layer.levels.get(level) and layer.levels[level][row].gradient
     ]
-    scale = 1 / record.pairs[level]
+    scale: float | torch.Tensor = 1 / record.pairs[level]
     gathered = [g for index in places for g in cache.layers[index].levels[level][row].gradient.values()]
-    norm = scale * _total([gradient.norm().double().square() for gradient in gathered]) ** 0.5
+    squares = [gradient.norm().double().square() for gradient in gathered]
+    norm = scale * _total(squares) ** 0.5
     if not math.isfinite(norm):
         # Each segment's gradient was finite, their sum is not.
         for index in places:
@@ -216,30 +246,45 @@ def _update(model: HopeModel, cache: HopeCache, row: int, level: int) -> None:
         cache.rows[row] = replace(record, pairs=tuple(counts), nonfinite=record.nonfinite + 1)
         return
     if config.cms_max_update_norm is not None and norm > config.cms_max_update_norm:
-        scale *= config.cms_max_update_norm / norm
+        connected = any(gradient.requires_grad for gradient in gathered)
+        scale = config.cms_max_update_norm / (_sum(squares) ** 0.5 if connected else norm / scale)
     for index in places:
         memories = cache.layers[index].levels[level]
-        rate = model.layers[index].cms.learning_rate(level)
+        cms = model.layers[index].cms
+        connected = any(gradient.requires_grad for gradient in memories[row].gradient.values())
+        rate = cms.learned_rate(level) if connected else cms.learning_rate(level)
         memories[row] = _updated(memories[row], scale, rate, config.level_decays[level], config)
     updates = [count + (index == level) for index, count in enumerate(record.updates)]
     cache.rows[row] = replace(record, pairs=tuple(counts), updates=tuple(updates))
 
 
-def _updated(memory: LevelMemory, scale: float, rate: float, decay: float, config: HopeConfig) -> LevelMemory:
-    step, factor, momentum = memory.gradient, scale, memory.momentum
+def _updated(
+    memory: LevelMemory, scale: float | torch.Tensor, rate: float | torch.Tensor, decay: float, config: HopeConfig
+) -> LevelMemory:
+    """Scale and rate are tensors where an outer gradient flows through them."""
+    step, momentum = {name: (gradient, scale) for name, gradient in memory.gradient.items()}, memory.momentum
     if config.cms_optimizer == "momentum":
         momentum = {
-            name: g * scale + config.cms_momentum * momentum[name] if name in momentum else g * scale
+            name: g * _like(scale, g) + config.cms_momentum * momentum[name]
+            if name in momentum
+            else g * _like(scale, g)
             for name, g in memory.gradient.items()
         }
-        step, factor = momentum, 1.0
+        step = {name: (tensor, 1.0) for name, tensor in momentum.items()}
     change = {}
-    for name, tensor in step.items():
-        old = memory.change.get(name)
-        change[name] = (
-            (-rate * factor) * tensor if old is None else torch.add((1 - decay) * old, tensor, alpha=-rate * factor)
-        )
+    for name, (tensor, factor) in step.items():
+        old, amount = memory.change.get(name), -rate * factor
+        if old is None:
+            change[name] = _like(amount, tensor) * tensor
+        elif isinstance(amount, torch.Tensor):
+            change[name] = (1 - decay) * old + _like(amount, tensor) * tensor
+        else:
+            change[name] = torch.add((1 - decay) * old, tensor, alpha=amount)
     return memory.with_change(change, gradient={}, momentum=momentum)
+
+
+def _like(number: float | torch.Tensor, tensor: torch.Tensor) -> float | torch.Tensor:
+    return number.to(tensor) if isinstance(number, torch.Tensor) else number
 
 
 def _restart(cache: HopeCache, row: int, level: int, rate: float) -> None:
@@ -257,7 +302,11 @@ def _restart(cache: HopeCache, row: int, level: int, rate: float) -> None:
 
 def _total(sums: list[torch.Tensor]) -> float:
     """Of numbers that may lie on several devices, fetched at once."""
-    return float(torch.stack([number.double().to(sums[0].device) for number in sums]).sum())
+    return float(_sum(sums).detach())
+
+
+def _sum(numbers: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([number.double().to(numbers[0].device) for number in numbers]).sum()
 
 
 def _period(config: HopeConfig, level: int) -> int:

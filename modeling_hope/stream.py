@@ -14,7 +14,17 @@ from torch import nn
 from .cache_hope import OFFLOADED, HopeCache
 from .inputs import Inputs
 from .key_layout import Span
-from .learning import Stretch, act, gather, gradients, next_stretch, run_weights, segment_loss, to_last_segment
+from .learning import (
+    Stretch,
+    act,
+    connected_levels,
+    gather,
+    gradients,
+    next_stretch,
+    run_weights,
+    segment_loss,
+    to_last_segment,
+)
 from .mixer_state import MixerState
 from .stream_record import NO_TOKEN
 
@@ -207,7 +217,8 @@ class Stream:
         )
         embeds, ids = self._segments(rows, opened, lengths)
         learn_here = learn.to(embeds.device)
-        weights = run_weights(self.model, cache, rows, learn=True, constant=constant)
+        connected = [self._connected(row, length) for row, length in zip(rows, lengths, strict=True)]
+        weights = run_weights(self.model, cache, rows, learn=True, constant=constant, connected=any(connected))
         span = Span(
             [r.seen - o for r, o in zip(records, opened, strict=True)], [segment] * len(rows), segment, embeds.device
         )
@@ -226,7 +237,7 @@ class Stream:
             )
             logits = head(hidden)
             losses = segment_loss(logits, ids, learn_here)
-            found = gradients(losses, weights, learn_here, config, keep_graph=not constant)
+            found = gradients(losses, weights, learn_here, config, keep_graph=not constant, connected=connected)
         if constant:
             hidden, logits = hidden.detach(), logits.detach()
             states = [state.detach() if state is not None else None for state in states]
@@ -241,6 +252,13 @@ class Stream:
             of_row = [{level: of_rows[index] for level, of_rows in layer.items()} for layer in found]
             gather(cache, row, loss, pairs[index], of_row, config)
         return run
+
+    def _connected(self, row: int, length: int) -> list[int]:
+        """Levels through whose next update an outer gradient flows, when a row learns from the next `length` tokens."""
+        if not (self.model.training and self.model.config.cms_training == "second_order" and torch.is_grad_enabled()):
+            return []
+        seen = self.cache.rows[row].seen
+        return connected_levels(self.model.config, seen + length, seen + self.lengths[row] - self.offsets[row])
 
     def act(self) -> None:
         """Let the levels whose periods have ended, row by row, apply what they have gathered."""
