@@ -20,8 +20,9 @@ class Inputs:
     Attributes:
         batch, width: of what was given.
         packing: how its rows were packed.
-        ids: `[batch, longest]` int64, packed; `None` where embeddings were given.
-        embeds: `[batch, longest, hidden_size]`, packed; `None` where ids were given.
+        several: rows hold several documents each, which are read as rows of their own.
+        ids: `[rows, longest]` int64, packed; `None` where embeddings were given.
+        embeds: `[rows, longest, hidden_size]`, packed; `None` where ids were given.
         memory: what is read with, unchanged; `None` where nothing was read before.
         labels, learn_mask: `[batch, width]`, as they were given.
         logits_to_keep: likewise.
@@ -58,12 +59,14 @@ class Inputs:
             check_memory(past_key_values, config, self.batch)
         self.memory = past_key_values
         mask = check_mask(attention_mask, self.batch, self.width, past_key_values)
-        self.packing = Packing.from_mask(mask, self.width)
+        documents = None if position_ids is None else self._documents(position_ids, mask)
+        self.packing = documents or Packing.from_mask(mask, self.batch, self.width)
+        self.several = documents is not None
         if self.packing.real is not None and not idle_rows and not torch.compiler.is_compiling():
             self._check_rows()
         if config.longest_stream is not None:
             self._check_end(config.longest_stream)
-        if position_ids is not None:
+        if position_ids is not None and not self.several:
             self._check_positions(position_ids)
         self.ids = None if input_ids is None else self.packing.pack(input_ids)
         self.embeds = None if inputs_embeds is None else self.packing.pack(inputs_embeds)
@@ -79,7 +82,7 @@ class Inputs:
     @cached_property
     def lengths(self) -> list[int]:
         """Real tokens of each row."""
-        return self.packing.lengths(self.batch)
+        return self.packing.lengths()
 
     def unpack_states(self, layers: list[torch.Tensor] | None) -> tuple[torch.Tensor, ...] | None:
         """Hidden states as the caller's batch."""
@@ -91,12 +94,28 @@ class Inputs:
 
         What a memory holds has no columns: over its keys they stay as they are kept, `[batch, heads, width, slots]`.
         """
-        if layers is None or self.packing.columns is None:
+        if layers is not None and self.several:
+            raise ValueError("`output_attentions` of several documents in one row: give each its own row.")
+        if layers is None or self.packing.places is None:
             return None if layers is None else tuple(layers)
         found = [self.packing.unpack(layer.transpose(1, 2)) for layer in layers]
         if self.memory is None or not any(self.memory.seen):
             found = [self.packing.unpack(layer.transpose(1, 3)).transpose(1, 3) for layer in found]
         return tuple(layer.transpose(1, 2) for layer in found)
+
+    def _documents(self, position_ids: torch.Tensor, mask: torch.Tensor | None) -> Packing | None:
+        """The documents in each row, where positions say that there are several."""
+        if torch.compiler.is_compiling() or position_ids.shape not in ((1, self.width), (self.batch, self.width)):
+            return None
+        packing = Packing.from_positions(position_ids.expand(self.batch, -1), mask)
+        if packing is None or packing.rows <= self.batch:
+            return None
+        if self.memory is not None:
+            raise ValueError(
+                "`position_ids` start anew within a row: its documents have a memory each, and `past_key_values` has one for "
+                "the row. Leave it out."
+            )
+        return packing
 
     def _check_rows(self) -> None:
         for row, length in enumerate(self.lengths):
@@ -127,7 +146,7 @@ class Inputs:
         if not counted.all():
             raise ValueError(
                 "`position_ids` do not count each row's tokens from where its memory stands. Leave them out: a Hope model "
-                "counts by itself. For several documents in one row, give each its own row."
+                "counts by itself. For several documents in one row, count each from 0, without a memory."
             )
 
     def _check_labels(self, labels: torch.Tensor, vocab_size: int) -> None:

@@ -31,8 +31,8 @@ from .turn import check_learn
 
 # What parts of Transformers pass to every model: `num_items_in_batch` is used, the others change nothing.
 KNOWN_OPTIONS = {"num_items_in_batch", "cache_position", "token_type_ids"}
-# What packs documents into one row.
-PACKING_OPTIONS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+# What says again of documents in one row where they begin: `position_ids` say it.
+PACKING_OPTIONS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 TWO_RUNS = (
     "`output_attentions`: this call is read in two runs, for the memory keeps what its last segment began with. Give "
@@ -200,7 +200,9 @@ class HopeModel(HopePreTrainedModel):
             input_ids: `[batch, width]` int64, the tokens to read. Or `inputs_embeds`, `[batch, width, hidden_size]`.
             attention_mask: `[batch, width]`, or over everything read and the new tokens; 0 where padded. Padding may
                 be anywhere, and a row that has read something may sit a call out.
-            position_ids: accepted when they count each row's tokens, as the model does by itself.
+            position_ids: `[batch, width]`. They count each row's tokens, as the model does by itself; or, without a memory,
+                several documents in a row, each from 0. These are read as rows of their own, each with a new memory, and no
+                memory is returned.
             past_key_values: the memory to read with, changed by the call.
             use_cache: whether to return a memory when none was given.
             learn: only `"off"`.
@@ -215,7 +217,7 @@ class HopeModel(HopePreTrainedModel):
             raise ValueError(
                 f"`learn={learn!r}`: {type(self).__name__} has no next-token loss to learn from. Use HopeForCausalLM."
             )
-        check_options(kwargs)
+        check_options(kwargs, documents=position_ids is not None)
         wanted = wanted_outputs(self.config, output_hidden_states, output_attentions)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         given: dict[str, Any] = {
@@ -273,7 +275,7 @@ class HopeModel(HopePreTrainedModel):
         if attentions and len(runs) > 1:
             raise ValueError(TWO_RUNS)
         output = self._output(inputs, stream.reading(runs, hidden_states, attentions))
-        output.past_key_values = stream.close()
+        output.past_key_values = None if inputs.several else stream.close()
         return output
 
     def _output(self, inputs: Inputs, reading: CallOutput) -> BaseModelOutputWithPast:
@@ -390,7 +392,9 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
                 which are read but, being no tokens, are no targets to learn from.
             attention_mask: `[batch, width]`, or over everything read and the new tokens; 0 where padded. Padding may
                 be anywhere, and a row that has read something may sit a call out.
-            position_ids: accepted when they count each row's tokens, as the model does by itself.
+            position_ids: `[batch, width]`. They count each row's tokens, as the model does by itself; or, without a memory,
+                several documents in a row, each from 0. These are read as rows of their own, each with a new memory, and no
+                memory is returned.
             past_key_values: the memory to read with, changed by the call.
             labels: `[batch, width]` int64 for a loss as Llama's; -100 where there is none.
             use_cache: whether to return a memory when none was given. What is learned does not depend on it.
@@ -415,7 +419,7 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         """
         if learn is not None:
             check_learn(learn)
-        check_options(kwargs)
+        check_options(kwargs, documents=position_ids is not None)
         wanted = wanted_outputs(self.config, output_hidden_states, output_attentions)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         learns = self._learns(learn)
@@ -454,7 +458,7 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         learns = stream.learns()
         if attentions and learns:
             raise ValueError("`output_attentions` needs a call in which nothing is learned: give learn='off'.")
-        returned = inputs.memory is not None or use_cache
+        returned = inputs.memory is not None or (use_cache and not inputs.several)
         head = self.head if inputs.wants_all_logits else None
         stream.keep = returned or learns
         runs: list[Run] = []
@@ -516,11 +520,13 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         return self.config.cms_training != "static" if self.training else self.config.cms_learning
 
 
-def check_options(options: dict[str, Any]) -> None:
+def check_options(options: dict[str, Any], documents: bool) -> None:
     """Raise `TypeError` for an argument that nothing reads: a misspelt one would be lost without a word."""
-    unknown = sorted(set(options) - KNOWN_OPTIONS)
+    unknown = sorted(set(options) - KNOWN_OPTIONS - (PACKING_OPTIONS if documents else set()))
     if unknown and unknown[0] in PACKING_OPTIONS:
-        raise TypeError(f"A Hope model takes no `{unknown[0]}`: documents packed into one row would share one memory.")
+        raise TypeError(
+            f"`{unknown[0]}` without `position_ids`: for several documents in one row, give position_ids that count each from 0."
+        )
     if unknown:
         raise TypeError(f"forward() got an unexpected argument `{unknown[0]}`.")
 

@@ -106,7 +106,7 @@ class Stream:
     """
 
     def __init__(self, model: HopeModel, inputs: Inputs):
-        self.model, self.batch, self.width, self.packing = model, inputs.batch, inputs.width, inputs.packing
+        self.model, self.batch, self.width, self.packing = model, inputs.packing.rows, inputs.width, inputs.packing
         self.lengths = inputs.lengths
         self.given = inputs.memory
         self.cache = HopeCache(model.config, self.batch) if self.given is None else self.given.clone()
