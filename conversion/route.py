@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -177,8 +176,3 @@ def _sized(targets: list[str], module: str, kind: str, shapes: Mapping[str, tupl
     if kind == "bias":
         return Part(tuple(targets), (first[0],) * len(targets), None, first[0])
     return Part(tuple(targets), tuple(shapes[target][1] for target in targets), 1, first[0])
-
-
-def count(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Numbers in tensors of these shapes."""
-    return sum(math.prod(shape) for shape in shapes.values())
