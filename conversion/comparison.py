@@ -19,6 +19,7 @@ from modeling_hope import HopeForCausalLM
 from .progress import bars_shown
 
 
+LARGEST_DIFFERENCE = 1e-4  # of the logits' range
 PROBE_TOKENS = 128
 SHORTEST_PROBE = 16
 PROBE = (
@@ -72,6 +73,23 @@ class Comparison:
         if self.greedy_tokens:
             rows.append(("greedy", f"{self.greedy_agreement} of {self.greedy_tokens} tokens the same"))
         return rows
+
+    def check(self, name: str) -> None:
+        """
+        Refuse a difference that no rounding of float32 explains.
+
+        Args:
+            name: what to call the model in the error.
+
+        Raises:
+            ValueError: the logits differ by more than `LARGEST_DIFFERENCE` of their range.
+        """
+        if self.relative > LARGEST_DIFFERENCE:
+            raise ValueError(
+                f"The {name} model's logits differ from those of the model it was made of by {self.relative:.1e} of their "
+                f"range, and may by {LARGEST_DIFFERENCE:.0e}: it is not right. Please report it, with the config.json of "
+                f"what it was made of."
+            )
 
 
 class Probe(NamedTuple):

@@ -14,6 +14,7 @@ from modeling_hope import HopeConfig, HopeForCausalLM
 from modeling_hope.auto_hope import AUTO_MAP
 
 from .architecture import check_architecture
+from .dtype import chosen_dtype
 from .families import FAMILIES
 from .family import Family
 from .fresh import fresh_parameters
@@ -57,7 +58,7 @@ class ConversionPlan:
         self.family: Family = FAMILIES[source.config.model_type]
         self.family.check(source.config)
         self.levels, self.config = self._configs(remote_code)
-        self.dtype: torch.dtype = source.dtype if recipe.dtype == "auto" else recipe.dtype  # type: ignore[assignment]
+        self.dtype = chosen_dtype(recipe.dtype, source.dtype)
         self.model = on_meta(self.config)
         self.infos = parameter_infos(self.model, self.dtype)
         self.shapes = {name: info.shape for name, info in self.infos.items()}
