@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils import logging
 
 from modeling_hope import HopeForCausalLM
 
-from .progress import bars_shown
+from .quiet import quiet
 
 
 LARGEST_DIFFERENCE = 1e-4  # of the logits' range
@@ -140,7 +138,7 @@ def compare(
     if limit is not None:
         tokens = min(tokens, max(limit - SHORTEST_PROBE, limit // 2))
         width = min(width, limit - tokens)
-    with _quiet():
+    with quiet():  # what is said of flags and lengths is no news here
         probe, expected = _ask_source(source_model, tokenizer, width, tokens)
         gc.collect()  # a model may hold itself by a cycle, and the next one needs the room
         given = _ask(given_model(), probe, tokens)
@@ -246,20 +244,3 @@ def _random_rows(model: PreTrainedModel, vocabulary: int, lengths: Sequence[int]
     ordinary = torch.tensor([token for token in range(vocabulary) if token not in special] or [0])
     generator = torch.Generator().manual_seed(0)
     return [ordinary[torch.randint(len(ordinary), (length,), generator=generator)].tolist() for length in lengths]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What Transformers would say of flags and lengths is no news here; its bars are for terminals."""
-    verbosity, hidden = logging.get_verbosity(), logging.is_progress_bar_enabled() and not bars_shown()
-    logging.set_verbosity_error()
-    if hidden:
-        logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if hidden:
-            logging.enable_progress_bar()

@@ -21,7 +21,7 @@ from .recipe import Recipe
 from .report import ConversionReport
 from .source import Source, open_source
 from .staging import check_output, staged_directory
-from .writer import CheckpointWriter
+from .writer import write_pretrained
 
 
 def convert(
@@ -139,16 +139,17 @@ def convert_checkpoint(
 def _write(plan: ConversionPlan, output: Path, check: bool, max_shard_size: int | str) -> None:
     needed = sum(info.nbytes for info in plan.infos.values())
     with staged_directory(output, needed) as staged:
-        writer = CheckpointWriter(staged, plan.infos, max_shard_size)
-        for name, tensor in _tracked(plan):
-            writer.add(name, tensor)
-        writer.close()
         config = copy.deepcopy(plan.config)
         config.architectures, config.dtype = [HopeForCausalLM.__name__], plan.dtype
-        config.save_pretrained(staged)
-        _generation_config(plan.source).save_pretrained(staged)
-        if plan.source.tokenizer is not None:
-            plan.source.tokenizer.save_pretrained(staged)
+        write_pretrained(
+            staged,
+            _tracked(plan),
+            plan.infos,
+            config,
+            _generation_config(plan.source),
+            plan.source.tokenizer,
+            max_shard_size,
+        )
         if check:
             _compare(plan, lambda: HopeForCausalLM.from_pretrained(staged, dtype=torch.float32).eval())
         plan.report.save(staged)

@@ -24,7 +24,7 @@ from .source import Source, open_source
 from .staging import check_output, staged_directory
 from .strategy import places_of
 from .tensor_info import TensorInfo
-from .writer import CheckpointWriter
+from .writer import write_pretrained
 
 
 # What may have changed in a Hope model since it was converted, and its family has by the same name.
@@ -72,15 +72,16 @@ def export_transformer(
     plan.check_tensors(infos)
     written = {route.source: TensorInfo(route.source_shape(plan.shapes), wanted) for route in plan.routes}
     with staged_directory(output_dir, sum(info.nbytes for info in written.values())) as staged:
-        writer = CheckpointWriter(staged, written, max_shard_size)
-        total = sum(info.nbytes for info in infos.values())
-        for name, tensor in _joined(plan.routes, tracked(source.tensors(), total, "Exporting")):
-            writer.add(name, tensor)
-        writer.close()
-        plan.config.save_pretrained(staged)
-        _generation_config(source.generation_config).save_pretrained(staged)
-        if source.tokenizer is not None:
-            source.tokenizer.save_pretrained(staged)
+        tensors = tracked(source.tensors(), sum(info.nbytes for info in infos.values()), "Exporting")
+        write_pretrained(
+            staged,
+            _joined(plan.routes, tensors),
+            written,
+            plan.config,
+            _generation_config(source.generation_config),
+            source.tokenizer,
+            max_shard_size,
+        )
         if not check:
             return None
         return _compare(source, staged, plan, exact=loses_nothing(source.dtype, wanted))
