@@ -185,7 +185,7 @@ def _generation_config(source: Source) -> GenerationConfig:
 
 def _compare(plan: ConversionPlan, given_model: Callable[[], HopeForCausalLM]) -> None:
     """Into the report; where the two should be equal, a difference is an error."""
-    found = compare(plan.comparable_source, given_model, plan.source.tokenizer, limit=plan.limit)
+    found = compare(plan.comparable_source, given_model, plan.source.tokenizer, limit=plan.target.limit)
     plan.report.comparison = found
     if loses_nothing(plan.source.dtype, plan.dtype) and not plan.changes_function:
         found.check("converted")
