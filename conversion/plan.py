@@ -17,7 +17,7 @@ from .family import Family
 from .fresh import fresh_parameters
 from .mixer import take_over
 from .recipe import Recipe
-from .report import ConversionReport, fast_weight_bytes
+from .report import NEW, NOT_NEEDED, ConversionReport, fast_weight_bytes
 from .rope import with_rope
 from .route import Route, plan_routes
 from .source import Source
@@ -107,7 +107,7 @@ class ConversionPlan:
 
     def _trace(self) -> tuple[dict[str, str], dict[str, str]]:
         """The fate of each source tensor, and the origin of each parameter that is made of one; as the report has them."""
-        fates = {name: f"not needed: {reason}" for name, reason in self.unneeded.items()}
+        fates = {name: f"{NOT_NEEDED}: {reason}" for name, reason in self.unneeded.items()}
         origins: dict[str, str] = {}
         for name, route in self.routes.items():
             targets = []
@@ -116,14 +116,14 @@ class ConversionPlan:
                 if placed is not None:
                     targets.append(placed[0])
                     origins[placed[0]] = origin
-            fates[name] = ", ".join(targets) or "not needed: the memory in the place of attention has none"
+            fates[name] = ", ".join(targets) or f"{NOT_NEEDED}: the memory in the place of attention has none"
         return fates, origins
 
     def _report(self, fates: dict[str, str], origins: dict[str, str]) -> ConversionReport:
         """What no source tensor becomes is new."""
         no_ops, infos = self._no_ops(), self.source.infos()
         for name in self.fresh:
-            origins[name] = "new: zero, so that the level is a no-op" if name in no_ops else "new: initialised"
+            origins[name] = f"{NEW}: zero, so that the level is a no-op" if name in no_ops else f"{NEW}: initialised"
         return ConversionReport(
             self.source.name,
             self.family.model_type,
