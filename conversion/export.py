@@ -103,20 +103,8 @@ class ExportPlan:
     """
 
     def __init__(self, hope: Any):
-        if not isinstance(hope, HopeConfig):
-            raise ValueError(f"`model` is of model_type {hope.model_type!r}: give a Hope model.")
-        if hope.converted_from is None:
-            raise ValueError(
-                "`model` was not converted from a Transformer (`converted_from` is not set in its config): there is no family "
-                "to export it to."
-            )
-        memories = [layer for layer, kind in enumerate(hope.layer_types or []) if kind == "hope_memory"]
-        if memories:
-            raise ValueError(
-                f"`model` has a self-modifying memory in the place of attention in layers {memories}, which no Transformer has."
-            )
-        family = FAMILIES[hope.converted_from["model_type"]]
-        fields = copy.deepcopy(hope.converted_from)
+        fields = copy.deepcopy(_origin(hope))
+        family = FAMILIES[fields["model_type"]]
         fields |= {name: getattr(hope, name) for name in CARRIED if name in fields}
         fields["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type]]
         self.config = AutoConfig.for_model(**fields)
@@ -142,6 +130,23 @@ class ExportPlan:
         left = [name for name in infos if name not in planned and not name.endswith("log_learning_rates")]
         if left:
             raise ValueError(f"`model` tensor {left[0]!r} has no place in a {self.config.model_type} model.")
+
+
+def _origin(hope: Any) -> dict[str, Any]:
+    """The config that a Hope model was converted from."""
+    if not isinstance(hope, HopeConfig):
+        raise ValueError(f"`model` is of model_type {hope.model_type!r}: give a Hope model.")
+    if hope.converted_from is None:
+        raise ValueError(
+            "`model` was not converted from a Transformer (`converted_from` is not set in its config): there is no family "
+            "to export it to."
+        )
+    memories = [layer for layer, kind in enumerate(hope.layer_types or []) if kind == "hope_memory"]
+    if memories:
+        raise ValueError(
+            f"`model` has a self-modifying memory in the place of attention in layers {memories}, which no Transformer has."
+        )
+    return hope.converted_from
 
 
 def _joined(routes: list[Route], tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -38,9 +38,9 @@ def llama(seed=0, **fields):
 
 def test_strategies_place_the_mlps():
     source = llama()
-    depth = convert(source, periods=(4, 8))
+    depth = convert(source, periods=(4, 8), check=False)
     assert depth.config.cms_levels_per_layer == [[0], [0], [1], [1]]
-    stack = convert(source, strategy="stack", periods=(4, 8))
+    stack = convert(source, strategy="stack", periods=(4, 8), check=False)
     assert stack.config.cms_levels_per_layer == [[0, 1]] * 4
     old = stack.model.layers[0].cms.level(1).up_proj.weight
     assert torch.equal(old, source.model.layers[0].mlp.up_proj.weight)
