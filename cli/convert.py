@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
+from .weights_options import add_weights_options, dtype_of
 
 
 def add_to(commands: Any) -> None:
@@ -66,14 +66,10 @@ def add_to(commands: Any) -> None:
         help="of sources whose rotary angles depend on it: the text length to read all texts for",
     )
     files = parser.add_argument_group("files")
-    files.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add_weights_options(files)
     files.add_argument("--tokenizer", help="directory of a tokenizer, in place of the source's")
     files.add_argument("--revision", help="branch, tag or commit on the hub")
-    files.add_argument("--max-shard-size", default="5GB", help="of a file of weights (default: 5GB)")
     files.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin, from whom you trust")
-    files.add_argument(
-        "--no-check", action="store_true", help="do not compare with the source, for which each is loaded in float32"
-    )
     files.add_argument(
         "--remote-code",
         action="store_true",
@@ -94,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
         learning_layers=arguments.learning_layers,
         mixer_layers=arguments.mixer,
         rope_length=arguments.rope_length,
-        dtype=arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype),
+        dtype=dtype_of(arguments.dtype),
     )
     report = convert_checkpoint(
         arguments.source,

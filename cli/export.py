@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
+from .weights_options import add_weights_options, dtype_of
 
 
 def add_to(commands: Any) -> None:
@@ -22,11 +22,7 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("model", help="directory of a Hope model of the strategies depth or split")
     parser.add_argument("out", type=Path, help="new directory for the Transformer")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--max-shard-size", default="5GB", help="of a file of weights (default: 5GB)")
-    parser.add_argument(
-        "--no-check", action="store_true", help="do not compare the two models, for which each is loaded in float32"
-    )
+    add_weights_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -36,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     found = export_transformer(
         arguments.model,
         arguments.out,
-        dtype=arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype),
+        dtype=dtype_of(arguments.dtype),
         check=not arguments.no_check,
         max_shard_size=arguments.max_shard_size,
     )

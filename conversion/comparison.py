@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,29 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils import logging
 
 from modeling_hope import HopeForCausalLM
 
-from .progress import bars_shown
+from .probe import Probe, make_probe
+from .quiet import quiet
 
 
+LARGEST_DIFFERENCE = 1e-4  # of the logits' range
 PROBE_TOKENS = 128
 SHORTEST_PROBE = 16
-PROBE = (
-    "The lighthouse keeper wrote down every ship that passed, with its name, its flag and the hour, though nobody had "
-    'asked for the list in eleven years. "One day," she said, "somebody will want to know." It came to 4,312 ships.\n\n'
-    "def rolling_mean(values, window):\n"
-    '    """Mean of the last `window` values, at each position."""\n'
-    "    total, means = 0.0, []\n"
-    "    for index, value in enumerate(values):\n"
-    "        total += value - (values[index - window] if index >= window else 0)\n"
-    "        means.append(total / min(index + 1, window))\n"
-    "    return means\n",
-    "Am Abend stellte der Uhrmacher alle Zeiger auf zwölf und wartete.\n\n今日は雨が降っています。明日は晴れるでしょう。\n\n"
-    "Nichts geschah, außer dass der Hund kurz den Kopf hob. „Also gut“, murmelte er, „dann morgen noch einmal.“ Draußen "
-    "begann es zu regnen, und die Straße roch nach Staub und Linden.",
-)
 
 
 @dataclass(frozen=True)
@@ -73,13 +59,22 @@ class Comparison:
             rows.append(("greedy", f"{self.greedy_agreement} of {self.greedy_tokens} tokens the same"))
         return rows
 
+    def check(self, name: str) -> None:
+        """
+        Refuse a difference that no rounding of float32 explains.
 
-class Probe(NamedTuple):
-    """What both models read: `ids` and `mask` (1 for tokens, 0 for padding), `[2, width]` int64; `kind` as reported."""
+        Args:
+            name: what to call the model in the error.
 
-    kind: str
-    ids: torch.Tensor
-    mask: torch.Tensor
+        Raises:
+            ValueError: the logits differ by more than `LARGEST_DIFFERENCE` of their range.
+        """
+        if self.relative > LARGEST_DIFFERENCE:
+            raise ValueError(
+                f"The {name} model's logits differ from those of the model it was made of by {self.relative:.1e} of their "
+                f"range, and may by {LARGEST_DIFFERENCE:.0e}: it is not right. Please report it, with the config.json of "
+                f"what it was made of."
+            )
 
 
 class Answer(NamedTuple):
@@ -122,7 +117,7 @@ def compare(
     if limit is not None:
         tokens = min(tokens, max(limit - SHORTEST_PROBE, limit // 2))
         width = min(width, limit - tokens)
-    with _quiet():
+    with quiet():  # what is said of flags and lengths is no news here
         probe, expected = _ask_source(source_model, tokenizer, width, tokens)
         gc.collect()  # a model may hold itself by a cycle, and the next one needs the room
         given = _ask(given_model(), probe, tokens)
@@ -145,7 +140,7 @@ def _ask_source(
     source_model: Callable[[], PreTrainedModel], tokenizer: Any, width: int, tokens: int
 ) -> tuple[Probe, Answer]:
     model = source_model()
-    probe = _probe(model, tokenizer, width)
+    probe = make_probe(model, tokenizer, width)
     return probe, _ask(model, probe, tokens)
 
 
@@ -188,60 +183,3 @@ def _differences(expected: torch.Tensor, given: torch.Tensor) -> tuple[float, fl
         difference = max(difference, float((p - q).abs().max()))
         kl += float(F.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="sum", log_target=True))
     return difference, max(kl / len(expected), 0.0)  # rounding may put it below
-
-
-def _probe(model: PreTrainedModel, tokenizer: Any, width: int) -> Probe:
-    """Two rows, one of `width` tokens and one of about two thirds, padded on the left."""
-    vocabulary = model.get_input_embeddings().num_embeddings
-    lengths = (width, max(width * 2 // 3, 1))
-    rows = _text_rows(tokenizer, lengths)
-    kind = "text" if rows else "random ids"
-    rows = rows or _random_rows(model, vocabulary, lengths)
-    largest = max(max(row) for row in rows)
-    if largest >= vocabulary:
-        raise ValueError(f"The tokenizer has the id {largest}, and the source has embeddings for {vocabulary} only.")
-    width = max(map(len, rows))
-    ids, mask = torch.zeros(2, width, dtype=torch.int64), torch.zeros(2, width, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        ids[index, width - len(row) :] = torch.tensor(row)
-        mask[index, width - len(row) :] = 1
-    return Probe(kind, ids, mask)
-
-
-def _text_rows(tokenizer: Any, lengths: Sequence[int]) -> list[list[int]]:
-    """The texts' first tokens; none when the tokenizer knows less than half of them."""
-    if tokenizer is None:
-        return []
-    rows = [tokenizer(text, verbose=False).input_ids[:length] for text, length in zip(PROBE, lengths, strict=True)]
-    read = [token for row in rows for token in row]
-    known = [token for token in read if token != tokenizer.unk_token_id]
-    return rows if all(rows) and 2 * len(known) >= len(read) else []
-
-
-def _random_rows(model: PreTrainedModel, vocabulary: int, lengths: Sequence[int]) -> list[list[int]]:
-    """The same for every model of a vocabulary, without the ids that its configs call special."""
-    special: set[Any] = set()
-    for config in (model.config.get_text_config(), model.generation_config):
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            found = getattr(config, name, None)
-            special |= set(found) if isinstance(found, list) else {found}
-    ordinary = torch.tensor([token for token in range(vocabulary) if token not in special] or [0])
-    generator = torch.Generator().manual_seed(0)
-    return [ordinary[torch.randint(len(ordinary), (length,), generator=generator)].tolist() for length in lengths]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What Transformers would say of flags and lengths is no news here; its bars are for terminals."""
-    verbosity, hidden = logging.get_verbosity(), logging.is_progress_bar_enabled() and not bars_shown()
-    logging.set_verbosity_error()
-    if hidden:
-        logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if hidden:
-            logging.enable_progress_bar()

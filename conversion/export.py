@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from modeling_hope import HopeConfig, HopeForCausalLM
 
 from .comparison import Comparison, compare
+from .dtype import check_dtype, chosen_dtype, loses_nothing
 from .families import FAMILIES
 from .plan import on_meta, parameter_infos
 from .progress import tracked
@@ -23,10 +24,9 @@ from .source import Source, open_source
 from .staging import check_output, staged_directory
 from .strategy import places_of
 from .tensor_info import TensorInfo
-from .writer import CheckpointWriter
+from .writer import write_pretrained
 
 
-LARGEST_DIFFERENCE = 1e-4  # of the logits' range
 # What may have changed in a Hope model since it was converted, and its family has by the same name.
 CARRIED = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")
 
@@ -63,29 +63,28 @@ def export_transformer(
             self-modifying memory), or the output directory is not empty. Nothing is written then.
         OSError: there is not enough space, which leaves nothing behind either.
     """
+    check_dtype(dtype)
     check_output(output_dir)
     source = open_source(model, tokenizer=tokenizer)
     plan = ExportPlan(source.config)
-    wanted = source.dtype if dtype == "auto" else dtype
-    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
-        raise ValueError(f"`dtype` must be a floating torch.dtype or 'auto' (the model's), got {dtype!r}.")
-    plan.config.dtype = wanted
+    plan.config.dtype = wanted = chosen_dtype(dtype, source.dtype)
     infos = source.infos()
     plan.check_tensors(infos)
     written = {route.source: TensorInfo(route.source_shape(plan.shapes), wanted) for route in plan.routes}
     with staged_directory(output_dir, sum(info.nbytes for info in written.values())) as staged:
-        writer = CheckpointWriter(staged, written, max_shard_size)
-        total = sum(info.nbytes for info in infos.values())
-        for name, tensor in _joined(plan.routes, tracked(source.tensors(), total, "Exporting")):
-            writer.add(name, tensor)
-        writer.close()
-        plan.config.save_pretrained(staged)
-        _generation_config(source.generation_config).save_pretrained(staged)
-        if source.tokenizer is not None:
-            source.tokenizer.save_pretrained(staged)
+        tensors = tracked(source.tensors(), sum(info.nbytes for info in infos.values()), "Exporting")
+        write_pretrained(
+            staged,
+            _joined(plan.routes, tensors),
+            written,
+            plan.config,
+            _generation_config(source.generation_config),
+            source.tokenizer,
+            max_shard_size,
+        )
         if not check:
             return None
-        return _compare(source, staged, plan, exact=torch.promote_types(wanted, source.dtype) == wanted)
+        return _compare(source, staged, plan, exact=loses_nothing(source.dtype, wanted))
 
 
 class ExportPlan:
@@ -104,20 +103,8 @@ class ExportPlan:
     """
 
     def __init__(self, hope: Any):
-        if not isinstance(hope, HopeConfig):
-            raise ValueError(f"`model` is of model_type {hope.model_type!r}: give a Hope model.")
-        if hope.converted_from is None:
-            raise ValueError(
-                "`model` was not converted from a Transformer (`converted_from` is not set in its config): there is no family "
-                "to export it to."
-            )
-        memories = [layer for layer, kind in enumerate(hope.layer_types or []) if kind == "hope_memory"]
-        if memories:
-            raise ValueError(
-                f"`model` has a self-modifying memory in the place of attention in layers {memories}, which no Transformer has."
-            )
-        family = FAMILIES[hope.converted_from["model_type"]]
-        fields = copy.deepcopy(hope.converted_from)
+        fields = copy.deepcopy(_origin(hope))
+        family = FAMILIES[fields["model_type"]]
         fields |= {name: getattr(hope, name) for name in CARRIED if name in fields}
         fields["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type]]
         self.config = AutoConfig.for_model(**fields)
@@ -143,6 +130,23 @@ class ExportPlan:
         left = [name for name in infos if name not in planned and not name.endswith("log_learning_rates")]
         if left:
             raise ValueError(f"`model` tensor {left[0]!r} has no place in a {self.config.model_type} model.")
+
+
+def _origin(hope: Any) -> dict[str, Any]:
+    """The config that a Hope model was converted from."""
+    if not isinstance(hope, HopeConfig):
+        raise ValueError(f"`model` is of model_type {hope.model_type!r}: give a Hope model.")
+    if hope.converted_from is None:
+        raise ValueError(
+            "`model` was not converted from a Transformer (`converted_from` is not set in its config): there is no family "
+            "to export it to."
+        )
+    memories = [layer for layer, kind in enumerate(hope.layer_types or []) if kind == "hope_memory"]
+    if memories:
+        raise ValueError(
+            f"`model` has a self-modifying memory in the place of attention in layers {memories}, which no Transformer has."
+        )
+    return hope.converted_from
 
 
 def _joined(routes: list[Route], tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -176,9 +180,6 @@ def _compare(source: Source, staged: Path, plan: ExportPlan, exact: bool) -> Com
         return model if plan.rope is None else with_rope(model, plan.rope)
 
     found = compare(source.model, exported, source.tokenizer, limit=plan.limit)
-    if exact and found.relative > LARGEST_DIFFERENCE:
-        raise ValueError(
-            f"The exported model's logits differ from the Hope model's by {found.relative:.1e} of their range, and may by "
-            f"{LARGEST_DIFFERENCE:.0e}. Please report it, with the model's config.json."
-        )
+    if exact:
+        found.check("exported")
     return found

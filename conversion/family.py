@@ -16,10 +16,15 @@ class Derived:
     compute: Callable[[Any], Any]
 
 
+def always(value: Any) -> Derived:
+    """A HopeConfig field that is the same for the whole family, and that the source's config does not name."""
+    return Derived((), lambda config: value)
+
+
 @dataclass(frozen=True)
 class Fused:
     """
-    A source module that holds several of Hope's, stacked along their outputs.
+    A source module that holds several of Hope's, stacked along their outputs, or one that is transposed.
 
     Attributes:
         modules: Hope's, in order.
@@ -122,6 +127,11 @@ def same(*names: str) -> dict[str, str]:
     return {name: name for name in names}
 
 
+def without(described: Mapping[str, Any], *endings: str) -> dict[str, Any]:
+    """Fields or modules of another family, but for those whose names end so."""
+    return {name: target for name, target in described.items() if not name.endswith(endings)}
+
+
 # What nearly every family's config has, by Hope's (which are Llama's) names.
 COMMON_FIELDS: dict[str, str | Derived] = {
     **same(
@@ -163,6 +173,9 @@ LLAMA_MODULES: dict[str, str | Fused] = {
     "model.layers.{layer}.mlp.up_proj": "{mlp}.up_proj",
     "model.layers.{layer}.mlp.down_proj": "{mlp}.down_proj",
 }
+
+# What families fuse to one module.
+QKV = tuple(f"model.layers.{{layer}}.mixer.{name}_proj" for name in "qkv")
 
 QK_NORM_MODULES: dict[str, str | Fused] = {
     "model.layers.{layer}.self_attn.q_norm": "model.layers.{layer}.mixer.q_norm",

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging
+
+from .quiet import quiet
 
 
 MAGIC = b"GGUF"
@@ -62,7 +63,7 @@ class GgufFile:
 
     def config(self) -> Any:
         """Its Transformers config, without its quantization: the tensors come back at full precision."""
-        with _quiet(), self._readable():
+        with quiet(), self._readable():
             config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
         _drop_quantization(config)
         return config
@@ -84,7 +85,7 @@ class GgufFile:
                 f"The tokenizer of `source` {self.path} disagrees with the model's `vocab_size`: it has {tokens} tokens, "
                 f"and the model {vocab_size} embeddings. Make the file again, or give another tokenizer (`tokenizer`)."
             )
-        with _quiet(), self._readable():
+        with quiet(), self._readable():
             return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
 
     def model(self) -> PreTrainedModel:
@@ -97,7 +98,7 @@ class GgufFile:
         options: dict[str, Any] = {"gguf_file": self.path.name, "dtype": torch.float32}
         if hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        with _quiet(), self._readable():
+        with quiet(), self._readable():
             model, loading = AutoModelForCausalLM.from_pretrained(self.path.parent, output_loading_info=True, **options)
         if loading["missing_keys"]:
             raise ValueError(f"`source` {self.path} lacks {', '.join(sorted(loading['missing_keys']))}.")
@@ -128,17 +129,3 @@ def _drop_quantization(config: Any) -> None:
     """What the file said of quantization is not true of tensors at full precision."""
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Transformers remarks on every file that a directory would have and a GGUF file has not."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

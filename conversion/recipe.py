@@ -10,6 +10,7 @@ import torch
 
 from modeling_hope import HopeConfig
 
+from .dtype import check_dtype
 from .strategy import STRATEGIES
 
 
@@ -59,8 +60,7 @@ class Recipe:
                 raise ValueError(f"`{name}` must be at least 1 token, got {value}.")
         if self.attention_sinks < 0:
             raise ValueError(f"`attention_sinks` must be 0 or more, got {self.attention_sinks}.")
-        if self.dtype != "auto" and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
-            raise ValueError(f"`dtype` must be a floating torch.dtype or 'auto' (the source's), got {self.dtype!r}.")
+        check_dtype(self.dtype)
         decided = sorted(set(self.config) & set(DECIDED))
         if decided:
             raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import torch
 from modeling_hope import HopeConfig
 
 from .family import Family, Fused
+from .report import NEW
 from .strategy import MlpPlace
 
 
@@ -44,16 +44,16 @@ class Part:
             return pieces[0]
         return torch.stack(pieces).sum(0) if self.axis is None else torch.cat(pieces, dim=self.axis)
 
-    def places(self, kind: str) -> Iterator[tuple[str, str]]:
-        """For each target, what of the tensor it is, in words; empty for the whole."""
+    def origins(self, whole: str) -> Iterator[tuple[str, str]]:
+        """Each target, and in words what it is of a tensor that is called `whole`."""
         start = 0
         for index, (target, size) in enumerate(zip(self.targets, self.sizes, strict=True)):
-            if len(self.targets) == 1:
-                yield target, ""
-            elif self.axis is None:
-                yield target, "" if index == 0 else "zero"
+            if self.axis is None and index > 0:
+                yield target, f"{NEW}: zero (the bias is in the first level)"
+            elif self.axis is None or len(self.targets) == 1:
+                yield target, whole
             else:
-                yield target, f"hidden units {start}-{start + size - 1}"
+                yield target, f"{whole}, hidden units {start}-{start + size - 1}"
             start += size
 
 
@@ -114,9 +114,7 @@ class Route:
         """Each of Hope's tensors, and in words where it comes from."""
         for index, part in enumerate(self.parts):
             fused = f", part {index + 1} of {len(self.parts)}" if len(self.parts) > 1 else ""
-            for target, where in part.places(self.source):
-                whole = f"{self.source}{fused}" + (f", {where}" if where else "")
-                yield target, "new: zero (the bias is in the first level)" if where == "zero" else whole
+            yield from part.origins(f"{self.source}{fused}")
 
 
 def plan_routes(
@@ -132,27 +130,18 @@ def plan_routes(
     routes = []
     for source, target in family.modules.items():
         fused = target if isinstance(target, Fused) else Fused((target,))
-        layers = range(config.num_hidden_layers) if "{layer}" in source else [None]
-        for layer in layers:
+        by_head = config.num_attention_heads if fused.by_head else None
+        for layer in range(config.num_hidden_layers) if "{layer}" in source else [None]:
             for kind in ("weight", "bias"):
-                parts = [_part(module, kind, layer, places, shapes) for module in fused.modules]
-                if not all(all(name in shapes for name in part) for part in parts):
-                    continue
-                route = Route(
-                    f"{source.format(layer=layer)}.{kind}",
-                    tuple(
-                        _sized(part, module, kind, shapes) for part, module in zip(parts, fused.modules, strict=True)
-                    ),
-                    config.num_attention_heads if fused.by_head else None,
-                    fused.transposed and kind == "weight",
-                )
-                routes.append(route)
+                targets = {module: _targets(module, kind, layer, places) for module in fused.modules}
+                if all(name in shapes for names in targets.values() for name in names):
+                    parts = tuple(_part(module, kind, names, shapes) for module, names in targets.items())
+                    name = f"{source.format(layer=layer)}.{kind}"
+                    routes.append(Route(name, parts, by_head, fused.transposed and kind == "weight"))
     return routes
 
 
-def _part(
-    module: str, kind: str, layer: int | None, places: list[MlpPlace], shapes: Mapping[str, tuple[int, ...]]
-) -> list[str]:
+def _targets(module: str, kind: str, layer: int | None, places: list[MlpPlace]) -> list[str]:
     """Names of Hope's tensors of one module."""
     if layer is None:
         return [f"{module}.{kind}"]
@@ -167,7 +156,8 @@ def _part(
     return [f"{module.format(mlp=f'{cms}.levels.{index}', **names)}.{kind}" for index, _, _ in place.levels]
 
 
-def _sized(targets: list[str], module: str, kind: str, shapes: Mapping[str, tuple[int, ...]]) -> Part:
+def _part(module: str, kind: str, targets: list[str], shapes: Mapping[str, tuple[int, ...]]) -> Part:
+    """How tensors of one module share the hidden units of an MLP, if there are several."""
     first = shapes[targets[0]]
     if "{mlp}" not in module or len(targets) == 1:
         return Part(tuple(targets), (first[0],), 0, first[0])
@@ -177,8 +167,3 @@ def _sized(targets: list[str], module: str, kind: str, shapes: Mapping[str, tupl
     if kind == "bias":
         return Part(tuple(targets), (first[0],) * len(targets), None, first[0])
     return Part(tuple(targets), tuple(shapes[target][1] for target in targets), 1, first[0])
-
-
-def count(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Numbers in tensors of these shapes."""
-    return sum(math.prod(shape) for shape in shapes.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -70,7 +69,7 @@ class Source:
         sizes: Counter[torch.dtype] = Counter()
         for info in self.infos().values():
             if info.dtype.is_floating_point:
-                sizes[info.dtype] += math.prod(info.shape)
+                sizes[info.dtype] += info.numel
         if not sizes:
             raise ValueError(f"`source` {self.name} has no floating-point weights.")
         return sizes.most_common(1)[0][0]
@@ -88,12 +87,13 @@ class ModelSource(Source):
         self._model = model
 
     def infos(self) -> dict[str, TensorInfo]:
-        infos = {name: TensorInfo.of(tensor) for name, tensor in self.tensors()}
-        absent = next((name for name, tensor in self.tensors() if tensor.is_meta), None)
-        if absent:
-            raise ValueError(
-                f"`source` has {absent!r} outside memory (`device_map`): load it without, or give its directory."
-            )
+        infos = {}
+        for name, tensor in self.tensors():
+            if tensor.is_meta:
+                raise ValueError(
+                    f"`source` has {name!r} outside memory (`device_map`): load it without, or give its directory."
+                )
+            infos[name] = TensorInfo.of(tensor)
         return infos
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -111,6 +113,36 @@ class CheckpointWriter:
             index = {"metadata": metadata, "weight_map": self.split.tensor_to_filename}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (self.directory / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
+
+
+def write_pretrained(
+    directory: Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    infos: Mapping[str, TensorInfo],
+    config: PreTrainedConfig,
+    generation_config: GenerationConfig,
+    tokenizer: Any = None,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """
+    Write what `save_pretrained` of a model and of its tokenizer would, the weights tensor by tensor.
+
+    Args:
+        directory: where the files go; exists.
+        tensors: every tensor of `infos`, in any order.
+        tokenizer: `None` where there is none.
+
+    Raises:
+        ValueError: as in `CheckpointWriter`.
+    """
+    writer = CheckpointWriter(directory, infos, max_shard_size)
+    for name, tensor in tensors:
+        writer.add(name, tensor)
+    writer.close()
+    config.save_pretrained(directory)
+    generation_config.save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
 
 
 def _narrows(source: torch.dtype, target: torch.dtype) -> bool:

@@ -406,22 +406,22 @@ class HopeConfig(PreTrainedConfig):
     @property
     def level_intermediate_sizes(self) -> list[int]:
         """Hidden units of each level's MLP."""
-        return _one_per_level(self.intermediate_size, len(self.cms_periods))
+        return _one_for_each(self.intermediate_size, len(self.cms_periods))
 
     @property
     def level_learning_rates(self) -> list[float]:
         """Inner learning rate of each level."""
-        return _one_per_level(self.cms_learning_rates, len(self.cms_periods))
+        return _one_for_each(self.cms_learning_rates, len(self.cms_periods))
 
     @property
     def level_decays(self) -> list[float]:
         """What each level forgets of its change at an update, as a fraction."""
-        return _one_per_level(self.cms_decay, len(self.cms_periods))
+        return _one_for_each(self.cms_decay, len(self.cms_periods))
 
     @property
     def level_norm_placements(self) -> list[str]:
         """Where each level's norms are."""
-        return _one_per_level(self.cms_norm_placement, len(self.cms_periods))
+        return _one_for_each(self.cms_norm_placement, len(self.cms_periods))
 
     @property
     def learned_maps(self) -> tuple[str, ...]:
@@ -433,7 +433,7 @@ class HopeConfig(PreTrainedConfig):
     @property
     def layer_windows(self) -> list[int | None]:
         """Tokens in view of each layer's attention; `None` for all, and where there is no attention."""
-        windows = _one_per_layer(self.sliding_window, self.num_hidden_layers)
+        windows = _one_for_each(self.sliding_window, self.num_hidden_layers)
         return [
             window if kind == "sliding_attention" else None
             for window, kind in zip(windows, self.layer_types or [], strict=True)
@@ -442,14 +442,14 @@ class HopeConfig(PreTrainedConfig):
     @property
     def layer_sinks(self) -> list[int]:
         """First tokens that stay in view of each layer's window; 0 where there is none."""
-        sinks = _one_per_layer(self.attention_sinks, self.num_hidden_layers)
+        sinks = _one_for_each(self.attention_sinks, self.num_hidden_layers)
         return [0 if window is None else count for count, window in zip(sinks, self.layer_windows, strict=True)]
 
     @property
     def layer_attention_multipliers(self) -> list[float]:
         """Factor of each layer's attention scores."""
         default = self.head_dim**-0.5  # type: ignore[operator]
-        multipliers = _one_per_layer(self.attention_multiplier, self.num_hidden_layers)
+        multipliers = _one_for_each(self.attention_multiplier, self.num_hidden_layers)
         return [default if multiplier is None else multiplier for multiplier in multipliers]
 
     @property
@@ -513,7 +513,7 @@ class HopeConfig(PreTrainedConfig):
             raise ValueError(f"`rms_norm_eps` must be 0 or more, got {self.rms_norm_eps}.")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"`attention_dropout` must be at least 0 and below 1, got {self.attention_dropout}.")
-        if any(sinks < 0 for sinks in _one_per_layer(self.attention_sinks, 1)):
+        if any(sinks < 0 for sinks in _one_for_each(self.attention_sinks, 1)):
             raise ValueError(f"`attention_sinks` must be 0 or more, got {self.attention_sinks}.")
         _one_of("norm_type", self.norm_type, NORMS)
         _one_of("norm_placement", self.norm_placement, NORM_PLACEMENTS)
@@ -526,7 +526,7 @@ class HopeConfig(PreTrainedConfig):
         if self.qk_norm is not None:
             _one_of("qk_norm", self.qk_norm, QK_NORMS)
         for name in SCALES:
-            for value in _one_per_layer(getattr(self, name), 1):
+            for value in _one_for_each(getattr(self, name), 1):
                 if value is not None and not 0 < value < math.inf:
                     raise ValueError(f"`{name}` must be above 0 and finite, got {getattr(self, name)}.")
         if not math.isfinite(self.norm_weight_offset):
@@ -673,12 +673,9 @@ def _llama_intermediate_size(hidden_size: int, blocks: int, maps: int) -> int:
     return max(8 * round(8 * hidden_size / maps / blocks / 8), 8)
 
 
-def _one_per_level(value: Any, levels: int) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value] * levels
-
-
-def _one_per_layer(value: Any, layers: int) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value] * layers
+def _one_for_each(value: Any, count: int) -> list[Any]:
+    """Of a field that is one for all levels or layers, or one for each."""
+    return list(value) if isinstance(value, list | tuple) else [value] * count
 
 
 def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -81,6 +81,12 @@ def test_convert(checkpoint, tmp_path, capsys):
     assert model.config.auto_map == AUTO_MAP and (tmp_path / "out" / "auto_hope.py").is_file()
     assert main(["convert", str(checkpoint / "model"), str(tmp_path / "out")]) == 2
     assert "not empty" in capsys.readouterr().err
+    assert main(["export-transformer", str(tmp_path / "out"), str(tmp_path / "back"), "--dtype", "float32"]) == 0
+    assert "tokens the same" in capsys.readouterr().out
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert back.dtype == torch.float32 and back.config.model_type == "llama"
+    assert main(["export-transformer", str(checkpoint / "model"), str(tmp_path / "again")]) == 2
+    assert "give a Hope model" in capsys.readouterr().err
 
 
 def test_periods(checkpoint, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """What convert() does with any source: levels placed, files and choices, refusals. Families have a file of their own."""
 
+import dataclasses
 import json
 import shutil
 
@@ -18,6 +19,8 @@ from transformers import (
 
 from modeling_hope import HopeConfig, HopeForCausalLM
 from modeling_hope.conversion import ConversionReport, Recipe, convert, export_transformer
+from modeling_hope.conversion.families import FAMILIES
+from modeling_hope.conversion.family import always
 
 from .conftest import random_ids
 from .stock_models import CONFIGS, stock_model
@@ -35,9 +38,9 @@ def llama(seed=0, **fields):
 
 def test_strategies_place_the_mlps():
     source = llama()
-    depth = convert(source, periods=(4, 8))
+    depth = convert(source, periods=(4, 8), check=False)
     assert depth.config.cms_levels_per_layer == [[0], [0], [1], [1]]
-    stack = convert(source, strategy="stack", periods=(4, 8))
+    stack = convert(source, strategy="stack", periods=(4, 8), check=False)
     assert stack.config.cms_levels_per_layer == [[0, 1]] * 4
     old = stack.model.layers[0].cms.level(1).up_proj.weight
     assert torch.equal(old, source.model.layers[0].mlp.up_proj.weight)
@@ -231,6 +234,20 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(tmp_path):
     with pytest.raises(ValueError, match=r"no tensor for 'model.layers.2.mlp.up_proj.weight'"):
         convert(tmp_path / "tied", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_not_right_is_refused_and_nothing_is_written(tmp_path, monkeypatch):
+    source, hope = llama(), convert(llama(), periods=(4, 8), check=False)
+    described = FAMILIES["llama"]
+    wrong = dataclasses.replace(described, fields={**described.fields, "residual_multiplier": always(0.5)})
+    monkeypatch.setitem(FAMILIES, "llama", wrong)
+    for arguments in (source,), (source, tmp_path / "out"):
+        with pytest.raises(ValueError, match="converted model's logits differ"):
+            convert(*arguments)
+    hope.config.converted_from["rms_norm_eps"] = 0.5
+    with pytest.raises(ValueError, match="exported model's logits differ"):
+        export_transformer(hope, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_exported(tmp_path):

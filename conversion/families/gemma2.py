@@ -1,6 +1,6 @@
 """Gemma 2: norms before and after, weights around 1, soft-caps, scaled embeddings, alternating windows."""
 
-from ..family import LLAMA_FIELDS, LLAMA_MODULES, Derived, Family, Only, same, windows_by_layer_type
+from ..family import LLAMA_FIELDS, LLAMA_MODULES, Derived, Family, Only, always, same, windows_by_layer_type
 
 
 GEMMA_FIELDS = {
@@ -9,8 +9,8 @@ GEMMA_FIELDS = {
     "hidden_act": "hidden_activation",
     "attention_multiplier": Derived(("query_pre_attn_scalar",), lambda config: config.query_pre_attn_scalar**-0.5),
     "embedding_multiplier": Derived(("hidden_size",), lambda config: config.hidden_size**0.5),
-    "norm_weight_offset": Derived((), lambda config: 1.0),
-    "norm_placement": Derived((), lambda config: "both"),
+    "norm_weight_offset": always(1.0),
+    "norm_placement": always("both"),
 }
 
 GEMMA_MODULES = {

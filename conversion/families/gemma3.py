@@ -1,6 +1,6 @@
 """Gemma 3 (text): Gemma 2 with norms of queries and keys, and a rope of its own in the layers that slide."""
 
-from ..family import QK_NORM_MODULES, Derived, Family, windows_by_layer_type
+from ..family import QK_NORM_MODULES, Derived, Family, always, windows_by_layer_type, without
 from .gemma2 import CAUSAL, GEMMA_FIELDS, GEMMA_MODULES
 
 
@@ -8,8 +8,8 @@ GEMMA3 = Family(
     model_type="gemma3_text",
     prefix="model.",
     fields={
-        **{name: field for name, field in GEMMA_FIELDS.items() if name != "attn_logit_softcapping"},
-        "qk_norm": Derived((), lambda config: "head"),
+        **without(GEMMA_FIELDS, "attn_logit_softcapping"),
+        "qk_norm": always("head"),
         "rope_parameters": Derived(("rope_parameters",), lambda config: config.rope_parameters["full_attention"]),
         "local_rope_parameters": Derived(
             ("rope_parameters",), lambda config: config.rope_parameters["sliding_attention"]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..family import COMMON_FIELDS, Derived, Family, Fused, Only
+from ..family import COMMON_FIELDS, QKV, Derived, Family, Fused, Only, always
 
 
 def _attention_multiplier(config: Any) -> float | list[float]:
@@ -28,11 +28,11 @@ GPT2 = Family(
         "attention_multiplier": Derived(
             ("scale_attn_weights", "scale_attn_by_inverse_layer_idx"), _attention_multiplier
         ),
-        "norm_type": Derived((), lambda config: "layer_norm"),
-        "attention_bias": Derived((), lambda config: True),
-        "mlp_bias": Derived((), lambda config: True),
-        "gated_mlp": Derived((), lambda config: False),
-        "learned_positions": Derived((), lambda config: True),
+        "norm_type": always("layer_norm"),
+        "attention_bias": always(True),
+        "mlp_bias": always(True),
+        "gated_mlp": always(False),
+        "learned_positions": always(True),
         "layer_ropes": Derived((), lambda config: [None] * config.n_layer),
     },
     modules={
@@ -42,14 +42,7 @@ GPT2 = Family(
         "lm_head": "lm_head",
         "transformer.h.{layer}.ln_1": "model.layers.{layer}.input_layernorm",
         "transformer.h.{layer}.ln_2": "{mlp_norm}",
-        "transformer.h.{layer}.attn.c_attn": Fused(
-            (
-                "model.layers.{layer}.mixer.q_proj",
-                "model.layers.{layer}.mixer.k_proj",
-                "model.layers.{layer}.mixer.v_proj",
-            ),
-            transposed=True,
-        ),
+        "transformer.h.{layer}.attn.c_attn": Fused(QKV, transposed=True),
         "transformer.h.{layer}.attn.c_proj": Fused(("model.layers.{layer}.mixer.o_proj",), transposed=True),
         "transformer.h.{layer}.mlp.c_fc": Fused(("{mlp}.up_proj",), transposed=True),
         "transformer.h.{layer}.mlp.c_proj": Fused(("{mlp}.down_proj",), transposed=True),

@@ -1,6 +1,6 @@
 """GPT-NeoX and Pythia: LayerNorm, plain MLPs, biases, a rope that turns a part of each head, parallel residuals."""
 
-from ..family import COMMON_FIELDS, Derived, Family, Fused, same
+from ..family import COMMON_FIELDS, QKV, Family, Fused, always, same
 
 
 GPT_NEOX = Family(
@@ -11,9 +11,9 @@ GPT_NEOX = Family(
         **same("intermediate_size", "hidden_act", "attention_dropout", "rope_parameters", "attention_bias"),
         "rms_norm_eps": "layer_norm_eps",
         "parallel_residual": "use_parallel_residual",
-        "norm_type": Derived((), lambda config: "layer_norm"),
-        "mlp_bias": Derived((), lambda config: True),
-        "gated_mlp": Derived((), lambda config: False),
+        "norm_type": always("layer_norm"),
+        "mlp_bias": always(True),
+        "gated_mlp": always(False),
     },
     modules={
         "gpt_neox.embed_in": "model.embed_tokens",
@@ -21,14 +21,7 @@ GPT_NEOX = Family(
         "embed_out": "lm_head",
         "gpt_neox.layers.{layer}.input_layernorm": "model.layers.{layer}.input_layernorm",
         "gpt_neox.layers.{layer}.post_attention_layernorm": "{mlp_norm}",
-        "gpt_neox.layers.{layer}.attention.query_key_value": Fused(
-            (
-                "model.layers.{layer}.mixer.q_proj",
-                "model.layers.{layer}.mixer.k_proj",
-                "model.layers.{layer}.mixer.v_proj",
-            ),
-            by_head=True,
-        ),
+        "gpt_neox.layers.{layer}.attention.query_key_value": Fused(QKV, by_head=True),
         "gpt_neox.layers.{layer}.attention.dense": "model.layers.{layer}.mixer.o_proj",
         "gpt_neox.layers.{layer}.mlp.dense_h_to_4h": "{mlp}.up_proj",
         "gpt_neox.layers.{layer}.mlp.dense_4h_to_h": "{mlp}.down_proj",

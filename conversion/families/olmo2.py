@@ -1,6 +1,6 @@
 """OLMo 2: norms after mixers and MLPs in the place of before, and of all queries and keys together."""
 
-from ..family import LLAMA_FIELDS, LLAMA_MODULES, QK_NORM_MODULES, Derived, Family, same
+from ..family import LLAMA_FIELDS, LLAMA_MODULES, QK_NORM_MODULES, Family, always, same, without
 
 
 OLMO2 = Family(
@@ -9,11 +9,11 @@ OLMO2 = Family(
     fields={
         **LLAMA_FIELDS,
         **same("attention_bias"),
-        "qk_norm": Derived((), lambda config: "all"),
-        "norm_placement": Derived((), lambda config: "post"),
+        "qk_norm": always("all"),
+        "norm_placement": always("post"),
     },
     modules={
-        **{name: target for name, target in LLAMA_MODULES.items() if not name.endswith("input_layernorm")},
+        **without(LLAMA_MODULES, "input_layernorm"),
         **QK_NORM_MODULES,
         "model.layers.{layer}.post_attention_layernorm": "model.layers.{layer}.output_layernorm",
         "model.layers.{layer}.post_feedforward_layernorm": "{mlp_output_norm}",

@@ -1,23 +1,15 @@
 """Phi-3, Phi-3.5 and Phi-4 (dense): fused projections, a rope that may turn a part of each head, a window."""
 
-from ..family import LLAMA_FIELDS, LLAMA_MODULES, Family, Fused, windows_everywhere
+from ..family import LLAMA_FIELDS, LLAMA_MODULES, QKV, Family, Fused, windows_everywhere, without
 
-
-KEPT = {name: target for name, target in LLAMA_MODULES.items() if not name.endswith(("q_proj", "k_proj", "v_proj"))}
 
 PHI3 = Family(
     model_type="phi3",
     prefix="model.",
     fields=LLAMA_FIELDS,
     modules={
-        **{name: target for name, target in KEPT.items() if not name.endswith(("gate_proj", "up_proj"))},
-        "model.layers.{layer}.self_attn.qkv_proj": Fused(
-            (
-                "model.layers.{layer}.mixer.q_proj",
-                "model.layers.{layer}.mixer.k_proj",
-                "model.layers.{layer}.mixer.v_proj",
-            )
-        ),
+        **without(LLAMA_MODULES, "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
+        "model.layers.{layer}.self_attn.qkv_proj": Fused(QKV),
         "model.layers.{layer}.mlp.gate_up_proj": Fused(("{mlp}.gate_proj", "{mlp}.up_proj")),
     },
     windows=windows_everywhere,

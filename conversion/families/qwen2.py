@@ -1,6 +1,6 @@
 """Qwen2 and Qwen2.5: biases of queries, keys and values."""
 
-from ..family import LLAMA_FIELDS, LLAMA_MODULES, Derived, Family, windows_by_layer_type
+from ..family import LLAMA_FIELDS, LLAMA_MODULES, Family, always, windows_by_layer_type
 
 
 QWEN2 = Family(
@@ -8,8 +8,8 @@ QWEN2 = Family(
     prefix="model.",
     fields={
         **LLAMA_FIELDS,
-        "attention_bias": Derived((), lambda config: True),
-        "attention_output_bias": Derived((), lambda config: False),
+        "attention_bias": always(True),
+        "attention_output_bias": always(False),
     },
     modules=LLAMA_MODULES,
     windows=windows_by_layer_type,

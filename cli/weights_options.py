@@ -1,0 +1,20 @@
+"""Options of the commands that write a model's weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def add_weights_options(parser: Any) -> None:
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--max-shard-size", default="5GB", help="of a file of weights (default: 5GB)")
+    parser.add_argument(
+        "--no-check", action="store_true", help="do not compare the two models, for which each is loaded in float32"
+    )
+
+
+def dtype_of(name: str) -> torch.dtype | str:
+    """`"bfloat16"` to the dtype; `"auto"` as it is."""
+    return name if name == "auto" else getattr(torch, name)
