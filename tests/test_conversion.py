@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from argparse import ArgumentTypeError
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from modeling_hope import HopeConfig, HopeForCausalLM
+from modeling_hope.cli.convert import layers, periods, rates
 from modeling_hope.conversion import ConversionReport, Recipe, convert, export_transformer
 
 from .conftest import random_ids
@@ -207,6 +209,15 @@ def test_choices_are_checked_before_anything_is_read():
             Recipe(**fields)
     with pytest.raises(ValueError, match="hidden units"):
         convert(llama(), strategy="split", periods=[2**n for n in range(1, 27)])
+
+
+def test_lists_on_the_command_line():
+    assert layers("0,4-6") == (0, 4, 5, 6) and layers(" 3 ") == layers("3-3") == (3,)
+    assert periods("512, never") == (512, None) and rates("0.1") == 0.1 and rates("0.1,0.2") == (0.1, 0.2)
+    for read, texts in ((layers, ("3-1", "", "1-", "-1", "a")), (periods, ("", "4,", "-4")), (rates, ("", "0.1,x"))):
+        for text in texts:
+            with pytest.raises(ArgumentTypeError, match="give"):
+                read(text)
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(tmp_path):
