@@ -1,6 +1,6 @@
 """Gemma 3 (text): Gemma 2 with norms of queries and keys, and a rope of its own in the layers that slide."""
 
-from ..family import QK_NORM_MODULES, Derived, Family, windows_by_layer_type
+from ..family import QK_NORM_MODULES, Derived, Family, rope_of_whole_heads, windows_by_layer_type
 from .gemma2 import CAUSAL, GEMMA_FIELDS, GEMMA_MODULES
 
 
@@ -10,9 +10,11 @@ GEMMA3 = Family(
     fields={
         **{name: field for name, field in GEMMA_FIELDS.items() if name != "attn_logit_softcapping"},
         "qk_norm": Derived((), lambda config: "head"),
-        "rope_parameters": Derived(("rope_parameters",), lambda config: config.rope_parameters["full_attention"]),
+        "rope_parameters": Derived(
+            ("rope_parameters",), lambda config: rope_of_whole_heads(config.rope_parameters["full_attention"])
+        ),
         "local_rope_parameters": Derived(
-            ("rope_parameters",), lambda config: config.rope_parameters["sliding_attention"]
+            ("rope_parameters",), lambda config: rope_of_whole_heads(config.rope_parameters["sliding_attention"])
         ),
         "layer_ropes": Derived(
             ("layer_types",),

@@ -1,6 +1,6 @@
 """Phi-3, Phi-3.5 and Phi-4 (dense): fused projections, a rope that may turn a part of each head, a window."""
 
-from ..family import LLAMA_FIELDS, LLAMA_MODULES, Family, Fused, windows_everywhere
+from ..family import LLAMA_FIELDS, LLAMA_MODULES, Family, Fused, same, windows_everywhere
 
 
 KEPT = {name: target for name, target in LLAMA_MODULES.items() if not name.endswith(("q_proj", "k_proj", "v_proj"))}
@@ -8,7 +8,7 @@ KEPT = {name: target for name, target in LLAMA_MODULES.items() if not name.endsw
 PHI3 = Family(
     model_type="phi3",
     prefix="model.",
-    fields=LLAMA_FIELDS,
+    fields={**LLAMA_FIELDS, **same("rope_parameters")},
     modules={
         **{name: target for name, target in KEPT.items() if not name.endswith(("gate_proj", "up_proj"))},
         "model.layers.{layer}.self_attn.qkv_proj": Fused(
