@@ -20,7 +20,7 @@ from .recipe import Recipe
 from .report import ConversionReport
 from .source import Source, open_source
 from .staging import check_output, staged_directory
-from .writer import CheckpointWriter
+from .writer import CheckpointWriter, cast_finite
 
 
 LARGEST_DIFFERENCE = 1e-4  # of the logits' range
@@ -166,7 +166,7 @@ def _build(plan: ConversionPlan) -> HopeForCausalLM:
         parameters[name].data = parameters[name].data.to(info.dtype)
     missing = dict.fromkeys(plan.infos)
     for name, tensor in _tracked(plan):
-        parameters[name].copy_(tensor)
+        parameters[name].copy_(cast_finite(name, tensor, parameters[name].dtype))
         del missing[name]
     assert not missing, missing
     model.tie_weights()

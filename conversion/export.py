@@ -104,8 +104,13 @@ class ExportPlan:
     """
 
     def __init__(self, hope: Any):
-        if not isinstance(hope, HopeConfig):
+        if hope.model_type != HopeConfig.model_type:
             raise ValueError(f"`model` is of model_type {hope.model_type!r}: give a Hope model.")
+        if not isinstance(hope, HopeConfig):
+            raise ValueError(
+                "`model` is of the code that came with it (`trust_remote_code`), not of this package: save it and give its "
+                "directory, or import modeling_hope before it is loaded."
+            )
         if hope.converted_from is None:
             raise ValueError(
                 "`model` was not converted from a Transformer (`converted_from` is not set in its config): there is no family "
@@ -116,7 +121,12 @@ class ExportPlan:
             raise ValueError(
                 f"`model` has a self-modifying memory in the place of attention in layers {memories}, which no Transformer has."
             )
-        family = FAMILIES[hope.converted_from["model_type"]]
+        family = FAMILIES.get(hope.converted_from.get("model_type", ""))
+        if family is None:
+            raise ValueError(
+                f"`model` has a `converted_from` of model_type {hope.converted_from.get('model_type')!r} in its config, which "
+                f"is none of {', '.join(sorted(FAMILIES))}."
+            )
         fields = copy.deepcopy(hope.converted_from)
         fields |= {name: getattr(hope, name) for name in CARRIED if name in fields}
         fields["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type]]

@@ -14,6 +14,7 @@ from transformers import (
     BertForMaskedLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -183,6 +184,12 @@ def test_dtypes(tmp_path):
     assert wide.dtype == torch.float32 and wide.conversion_report.comparison.relative <= 1e-4
     narrow = convert(llama(), tmp_path / "out", dtype=torch.float16)
     assert narrow.dtype == torch.float16 and 1e-6 < narrow.conversion_report.comparison.relative < 1e-2
+    large = llama()
+    with torch.no_grad():
+        large.model.norm.weight[0] = 1e6
+    for output in (None, tmp_path / "large"):
+        with pytest.raises(ValueError, match=r"norm.weight' has values too large for torch.float16"):
+            convert(large, output, dtype=torch.float16, check=False)
     learned = convert(llama(), tmp_path / "rates", dtype=torch.bfloat16, cms_learn_rates=True, periods=(4, 8))
     rates = [p for name, p in learned.named_parameters() if name.endswith("log_learning_rates")]
     assert len(rates) == 4 and all(p.dtype == torch.float32 for p in rates)
@@ -246,7 +253,13 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(tmp_path):
 
 def test_what_cannot_be_exported(tmp_path):
     chain = convert(llama(), strategy="stack", periods=(4, 8), check=False)
+    unknown, foreign = (convert(llama(), check=False) for _ in range(2))
+    unknown.config.converted_from["model_type"] = "bert"
+    foreign.config = PreTrainedConfig.from_dict(foreign.config.to_dict())  # as code loaded from its directory has it
+    foreign.config.model_type = "hope"
     cases = [
+        (unknown, "'bert' in its config"),
+        (foreign, "trust_remote_code"),
         (chain, "in a chain"),
         (llama(), "give a Hope model"),
         (
