@@ -132,9 +132,12 @@ COMMON_FIELDS: dict[str, str | Derived] = {
         "max_position_embeddings",
         "initializer_range",
         "tie_word_embeddings",
-        "pad_token_id",
         "bos_token_id",
         "eos_token_id",
+    ),
+    # The first Llamas have -1, for none.
+    "pad_token_id": Derived(
+        ("pad_token_id",), lambda config: None if (config.pad_token_id or 0) < 0 else config.pad_token_id
     ),
     "head_dim": Derived(
         ("hidden_size", "num_attention_heads", "head_dim"),
