@@ -100,6 +100,11 @@ def test_a_source_in_memory_is_left_as_it_is():
     assert model.generation_config is not source.generation_config
 
 
+def test_a_padding_id_below_zero_is_none():
+    model = convert(llama(pad_token_id=-1))
+    assert model.config.pad_token_id is None and model.config.converted_from["pad_token_id"] == -1
+
+
 def test_tensors_that_hope_computes_are_ignored():
     source = llama()
     for layer in source.model.layers:
@@ -184,6 +189,9 @@ def test_dtypes(tmp_path):
     assert wide.dtype == torch.float32 and wide.conversion_report.comparison.relative <= 1e-4
     narrow = convert(llama(), tmp_path / "out", dtype=torch.float16)
     assert narrow.dtype == torch.float16 and 1e-6 < narrow.conversion_report.comparison.relative < 1e-2
+    mixed = llama()
+    mixed.model.layers.bfloat16()
+    assert convert(mixed, dtype=torch.float32).conversion_report.comparison.relative <= 1e-4
     large = llama()
     with torch.no_grad():
         large.model.norm.weight[0] = 1e6
