@@ -21,7 +21,7 @@ from .recipe import Recipe
 from .report import ConversionReport
 from .source import Source, open_source
 from .staging import check_output, staged_directory
-from .writer import write_pretrained
+from .writer import cast_finite, write_pretrained
 
 
 def convert(
@@ -93,13 +93,14 @@ def convert(
         dtype,
         config,
     )
-    if output_dir is not None:
-        check_output(output_dir)
+    output = None if output_dir is None else Path(output_dir).expanduser()
+    if output is not None:
+        check_output(output)
     opened = open_source(source, tokenizer=tokenizer, revision=revision, allow_pickle=allow_pickle)
     plan = ConversionPlan(opened, recipe, remote_code)
-    if output_dir is not None:
-        _write(plan, Path(output_dir), check, max_shard_size)
-        model = HopeForCausalLM.from_pretrained(output_dir)
+    if output is not None:
+        _write(plan, output, check, max_shard_size)
+        model = HopeForCausalLM.from_pretrained(output)
     else:
         model = _build(plan)
         if check:
@@ -165,7 +166,7 @@ def _build(plan: ConversionPlan) -> HopeForCausalLM:
         parameters[name].data = parameters[name].data.to(info.dtype)
     missing = dict.fromkeys(plan.infos)
     for name, tensor in _tracked(plan):
-        parameters[name].copy_(tensor)
+        parameters[name].copy_(cast_finite(name, tensor, parameters[name].dtype))
         del missing[name]
     assert not missing, missing
     model.tie_weights()

@@ -16,6 +16,7 @@ from modeling_hope import HopeConfig, HopeForCausalLM
 from .comparison import Comparison, compare
 from .dtype import check_dtype, chosen_dtype, loses_nothing
 from .families import FAMILIES
+from .family import Family
 from .plan import on_meta, parameter_infos
 from .progress import tracked
 from .rope import length_of_unscaled, rope_at, same_angles, with_rope
@@ -103,8 +104,8 @@ class ExportPlan:
     """
 
     def __init__(self, hope: Any):
-        fields = copy.deepcopy(_origin(hope))
-        family = FAMILIES[fields["model_type"]]
+        origin, family = _origin(hope)
+        fields = copy.deepcopy(origin)
         fields |= {name: getattr(hope, name) for name in CARRIED if name in fields}
         fields["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type]]
         self.config = AutoConfig.for_model(**fields)
@@ -132,10 +133,15 @@ class ExportPlan:
             raise ValueError(f"`model` tensor {left[0]!r} has no place in a {self.config.model_type} model.")
 
 
-def _origin(hope: Any) -> dict[str, Any]:
-    """The config that a Hope model was converted from."""
-    if not isinstance(hope, HopeConfig):
+def _origin(hope: Any) -> tuple[dict[str, Any], Family]:
+    """The config that a Hope model was converted from, and its family."""
+    if hope.model_type != HopeConfig.model_type:
         raise ValueError(f"`model` is of model_type {hope.model_type!r}: give a Hope model.")
+    if not isinstance(hope, HopeConfig):
+        raise ValueError(
+            "`model` is of the code that came with it (`trust_remote_code`), not of this package: save it and give its "
+            "directory, or import modeling_hope before it is loaded."
+        )
     if hope.converted_from is None:
         raise ValueError(
             "`model` was not converted from a Transformer (`converted_from` is not set in its config): there is no family "
@@ -146,7 +152,13 @@ def _origin(hope: Any) -> dict[str, Any]:
         raise ValueError(
             f"`model` has a self-modifying memory in the place of attention in layers {memories}, which no Transformer has."
         )
-    return hope.converted_from
+    family = FAMILIES.get(hope.converted_from.get("model_type", ""))
+    if family is None:
+        raise ValueError(
+            f"`model` has a `converted_from` of model_type {hope.converted_from.get('model_type')!r} in its config, which is "
+            f"none of {', '.join(sorted(FAMILIES))}."
+        )
+    return hope.converted_from, family
 
 
 def _joined(routes: list[Route], tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -142,9 +142,12 @@ COMMON_FIELDS: dict[str, str | Derived] = {
         "max_position_embeddings",
         "initializer_range",
         "tie_word_embeddings",
-        "pad_token_id",
         "bos_token_id",
         "eos_token_id",
+    ),
+    # The first Llamas have -1, for none.
+    "pad_token_id": Derived(
+        ("pad_token_id",), lambda config: None if (config.pad_token_id or 0) < 0 else config.pad_token_id
     ),
     "head_dim": Derived(
         ("hidden_size", "num_attention_heads", "head_dim"),
@@ -152,11 +155,29 @@ COMMON_FIELDS: dict[str, str | Derived] = {
     ),
 }
 
+
+def rope_of_whole_heads(rope: dict[str, Any]) -> dict[str, Any]:
+    """
+    The `rope_parameters` of a class that turns whole heads. Its default angles take no notice of a `partial_rotary_factor`.
+
+    Raises:
+        ValueError: others do, and the class fails on them.
+    """
+    kind, part = rope.get("rope_type", "default"), rope.get("partial_rotary_factor")
+    if kind == "default":
+        return {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
+    if kind != "proportional" and part not in (None, 1):
+        raise ValueError(
+            f"`source` has partial_rotary_factor={part!r} with rope_type {kind!r} in its config, and Transformers' own class "
+            "turns whole heads: take it out."
+        )
+    return rope
+
+
 LLAMA_FIELDS: dict[str, str | Derived] = {
     **COMMON_FIELDS,
-    **same(
-        "intermediate_size", "num_key_value_heads", "hidden_act", "rms_norm_eps", "attention_dropout", "rope_parameters"
-    ),
+    **same("intermediate_size", "num_key_value_heads", "hidden_act", "rms_norm_eps", "attention_dropout"),
+    "rope_parameters": Derived(("rope_parameters",), lambda config: rope_of_whole_heads(config.rope_parameters)),
 }
 
 LLAMA_MODULES: dict[str, str | Fused] = {

@@ -103,7 +103,7 @@ class ModelSource(Source):
                 yield name, tensor
 
     def model(self) -> PreTrainedModel:
-        if self._model.dtype != torch.float32:
+        if any(parameter.dtype != torch.float32 for parameter in self._model.parameters()):
             # Made anew: a model that was cast has its rotary angles rounded too, which its config does not say.
             with init.no_init_weights():
                 made = type(self._model)(copy.deepcopy(self._model.config)).float()

@@ -27,7 +27,7 @@ def staged_directory(output: str | Path, needed_bytes: int) -> Iterator[Path]:
         ValueError: `output` is a file, is not empty or cannot be written to.
         OSError: with `errno.ENOSPC`: there is less space than `needed_bytes`, or none was left while writing.
     """
-    output = Path(output).resolve()
+    output = Path(output).expanduser().resolve()
     fills = output.exists()
     home = output if fills else output.parent
     missing = [directory for directory in (home, *home.parents) if not directory.exists()]
@@ -66,7 +66,7 @@ def check_output(output: str | Path) -> None:
     Raises:
         ValueError: `output` is a file, is not empty, or cannot be made.
     """
-    output = Path(output).resolve()
+    output = Path(output).expanduser().resolve()
     _refuse(output, next(directory for directory in (output, *output.parents) if directory.exists()))
 
 

@@ -92,9 +92,7 @@ class CheckpointWriter:
         with (self.directory / self.split.tensor_to_filename[name]).open("r+b") as file:
             file.seek(self._offsets[name])
             for part in _parts(tensor.detach()):
-                cast = part.to("cpu", info.dtype).contiguous()
-                if _narrows(part.dtype, info.dtype) and bool((cast.isinf() & part.isfinite().cpu()).any()):
-                    raise ValueError(f"Tensor {name!r} has values too large for {info.dtype}: choose another dtype.")
+                cast = cast_finite(name, part.cpu(), info.dtype).contiguous()
                 file.write(cast.view(-1).view(torch.uint8).numpy().data)
         del self.missing[name]
 
@@ -143,6 +141,19 @@ def write_pretrained(
     generation_config.save_pretrained(directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
+
+
+def cast_finite(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """
+    A tensor in another dtype.
+
+    Raises:
+        ValueError: finite values become infinite; `name` is the tensor's.
+    """
+    cast = tensor.to(dtype)
+    if _narrows(tensor.dtype, dtype) and bool((cast.isinf() & tensor.isfinite()).any()):
+        raise ValueError(f"Tensor {name!r} has values too large for {dtype}: choose another dtype.")
+    return cast
 
 
 def _narrows(source: torch.dtype, target: torch.dtype) -> bool:

@@ -41,7 +41,7 @@ GPT2 = {
 }  # fmt: skip
 
 CONFIGS = {
-    "llama": LlamaConfig(**SHARED, **BIASES, head_dim=6),
+    "llama": LlamaConfig(**SHARED, **BIASES, head_dim=6, pretraining_tp=2),
     "llama, tied": LlamaConfig(**SHARED, tie_word_embeddings=True),
     "mistral": MistralConfig(**SHARED, sliding_window=WINDOW, head_dim=6),
     "mistral, no window": MistralConfig(**SHARED, sliding_window=None),

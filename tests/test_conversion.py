@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from argparse import ArgumentTypeError
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from transformers import (
     BertForMaskedLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 
 from modeling_hope import HopeConfig, HopeForCausalLM
+from modeling_hope.cli.convert import layers, periods, rates
 from modeling_hope.conversion import ConversionReport, Recipe, convert, export_transformer
 from modeling_hope.conversion.families import FAMILIES
 from modeling_hope.conversion.family import always
@@ -98,6 +101,11 @@ def test_a_source_in_memory_is_left_as_it_is():
     assert model.dtype == torch.bfloat16 and model.model.rotary_emb.of("global").inv_freq.dtype == torch.float32
     assert source.dtype == torch.bfloat16 and source.training
     assert model.generation_config is not source.generation_config
+
+
+def test_a_padding_id_below_zero_is_none():
+    model = convert(llama(pad_token_id=-1))
+    assert model.config.pad_token_id is None and model.config.converted_from["pad_token_id"] == -1
 
 
 def test_tensors_that_hope_computes_are_ignored():
@@ -184,6 +192,15 @@ def test_dtypes(tmp_path):
     assert wide.dtype == torch.float32 and wide.conversion_report.comparison.relative <= 1e-4
     narrow = convert(llama(), tmp_path / "out", dtype=torch.float16)
     assert narrow.dtype == torch.float16 and 1e-6 < narrow.conversion_report.comparison.relative < 1e-2
+    mixed = llama()
+    mixed.model.layers.bfloat16()
+    assert convert(mixed, dtype=torch.float32).conversion_report.comparison.relative <= 1e-4
+    large = llama()
+    with torch.no_grad():
+        large.model.norm.weight[0] = 1e6
+    for output in (None, tmp_path / "large"):
+        with pytest.raises(ValueError, match=r"norm.weight' has values too large for torch.float16"):
+            convert(large, output, dtype=torch.float16, check=False)
     learned = convert(llama(), tmp_path / "rates", dtype=torch.bfloat16, cms_learn_rates=True, periods=(4, 8))
     rates = [p for name, p in learned.named_parameters() if name.endswith("log_learning_rates")]
     assert len(rates) == 4 and all(p.dtype == torch.float32 for p in rates)
@@ -210,6 +227,15 @@ def test_choices_are_checked_before_anything_is_read():
             Recipe(**fields)
     with pytest.raises(ValueError, match="hidden units"):
         convert(llama(), strategy="split", periods=[2**n for n in range(1, 27)])
+
+
+def test_lists_on_the_command_line():
+    assert layers("0,4-6") == (0, 4, 5, 6) and layers(" 3 ") == layers("3-3") == (3,)
+    assert periods("512, never") == (512, None) and rates("0.1") == 0.1 and rates("0.1,0.2") == (0.1, 0.2)
+    for read, texts in ((layers, ("3-1", "", "1-", "-1", "a")), (periods, ("", "4,", "-4")), (rates, ("", "0.1,x"))):
+        for text in texts:
+            with pytest.raises(ArgumentTypeError, match="give"):
+                read(text)
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(tmp_path):
@@ -252,7 +278,13 @@ def test_a_model_that_is_not_right_is_refused_and_nothing_is_written(tmp_path, m
 
 def test_what_cannot_be_exported(tmp_path):
     chain = convert(llama(), strategy="stack", periods=(4, 8), check=False)
+    unknown, foreign = (convert(llama(), check=False) for _ in range(2))
+    unknown.config.converted_from["model_type"] = "bert"
+    foreign.config = PreTrainedConfig.from_dict(foreign.config.to_dict())  # as code loaded from its directory has it
+    foreign.config.model_type = "hope"
     cases = [
+        (unknown, "'bert' in its config"),
+        (foreign, "trust_remote_code"),
         (chain, "in a chain"),
         (llama(), "give a Hope model"),
         (

@@ -4,7 +4,15 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, Phi3Config, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    Phi3Config,
+    PreTrainedConfig,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from modeling_hope import HopeCache, HopeForCausalLM, consolidate
@@ -158,6 +166,20 @@ def test_phi3_with_longrope_in_a_part_of_each_head(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").config.rope_parameters == config.rope_parameters
 
 
+def test_a_part_of_each_head_is_turned_only_where_the_family_s_class_does():
+    part = {"partial_rotary_factor": 0.5}
+    for config in (
+        LlamaConfig(**SHARED, rope_parameters={"rope_type": "default", "rope_theta": 100.0, **part}),
+        LlamaConfig(**SHARED, rope_parameters={"rope_type": "proportional", "rope_theta": 100.0, **part}),
+        Gemma3TextConfig(**SHARED, head_dim=8, sliding_window=WINDOW, **part),
+    ):
+        source = stock_model(config)
+        assert_same(answers(source, new=16), answers(convert(source, periods=PERIODS), new=16))
+    fails = LlamaConfig(**SHARED, rope_parameters={"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0, **part})
+    with pytest.raises(ValueError, match=r"partial_rotary_factor=0\.5 with rope_type 'linear'"):
+        convert(stock_model(fails))
+
+
 def test_windows_that_are_added_leave_native_ones_alone():
     source = stock_model(CONFIGS["gemma3"])
     model = convert(source, periods=PERIODS, window=20, attention_sinks=3)
@@ -175,7 +197,6 @@ def test_windows_that_are_added_leave_native_ones_alone():
 def test_what_a_family_needs_and_hope_has_not_is_refused_by_name():
     cases = [
         (Gemma2Config(**SHARED, head_dim=6, use_bidirectional_attention=True), "use_bidirectional_attention"),
-        (LlamaConfig(**SHARED, pretraining_tp=2), "pretraining_tp"),
         (GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, add_cross_attention=True), "add_cross_attention"),
     ]
     for config, field in cases:

@@ -1,6 +1,14 @@
 """Gemma 3 (text): Gemma 2 with norms of queries and keys, and a rope of its own in the layers that slide."""
 
-from ..family import QK_NORM_MODULES, Derived, Family, always, windows_by_layer_type, without
+from ..family import (
+    QK_NORM_MODULES,
+    Derived,
+    Family,
+    always,
+    rope_of_whole_heads,
+    windows_by_layer_type,
+    without,
+)
 from .gemma2 import CAUSAL, GEMMA_FIELDS, GEMMA_MODULES
 
 
@@ -10,9 +18,11 @@ GEMMA3 = Family(
     fields={
         **without(GEMMA_FIELDS, "attn_logit_softcapping"),
         "qk_norm": always("head"),
-        "rope_parameters": Derived(("rope_parameters",), lambda config: config.rope_parameters["full_attention"]),
+        "rope_parameters": Derived(
+            ("rope_parameters",), lambda config: rope_of_whole_heads(config.rope_parameters["full_attention"])
+        ),
         "local_rope_parameters": Derived(
-            ("rope_parameters",), lambda config: config.rope_parameters["sliding_attention"]
+            ("rope_parameters",), lambda config: rope_of_whole_heads(config.rope_parameters["sliding_attention"])
         ),
         "layer_ropes": Derived(
             ("layer_types",),

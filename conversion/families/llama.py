@@ -1,6 +1,6 @@
 """Llama 2 and 3: the architecture that Hope's blocks were named after."""
 
-from ..family import LLAMA_FIELDS, LLAMA_MODULES, ROTARY_BUFFERS, Family, Only, same
+from ..family import LLAMA_FIELDS, LLAMA_MODULES, ROTARY_BUFFERS, Family, same
 
 
 LLAMA = Family(
@@ -8,7 +8,6 @@ LLAMA = Family(
     prefix="model.",
     fields={**LLAMA_FIELDS, **same("attention_bias", "mlp_bias")},
     modules=LLAMA_MODULES,
-    only={"pretraining_tp": Only((1, None), "whose sliced products are not rebuilt; set it to 1")},
-    unused=("use_cache",),
+    unused=("use_cache", "pretraining_tp"),  # of which Transformers' own class makes no use
     ignored=ROTARY_BUFFERS,
 )
