@@ -20,7 +20,8 @@ def main(argv: list[str] | None = None) -> int:
         arguments.run(arguments)
     except (ValueError, OSError, StrictDataclassError) as error:
         # Of a strict config's error the last line says what is wrong.
-        message = str(error).strip().splitlines()[-1].strip() if isinstance(error, StrictDataclassError) else error
+        strict = isinstance(error, StrictDataclassError)
+        message = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ") if strict else error
         print(f"hope: {message}", file=sys.stderr)
         return 2
     except ImportError as error:

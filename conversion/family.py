@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,19 @@ class Family:
                     f"`source` has {name}={value!r} in its config, {only.reason}. Hope serves {self.model_type} models "
                     f"with {allowed}."
                 )
+
+        for name in self.fields_unknown(config):
+            raise ValueError(
+                f"`source` has {name}={getattr(config, name)!r} in its config, a field that conversion/families does not speak of "
+                f"for {self.model_type} models: what it changes is not known here. Take it out if it changes nothing."
+            )
+
+    def fields_unknown(self, config: Any) -> list[str]:
+        """Fields of the family's own config that this description does not speak of, and that are not at their defaults."""
+        spoken_of = {of_all.name for of_all in dataclasses.fields(PreTrainedConfig)} | self.fields_known()
+        names = [own.name for own in dataclasses.fields(config) if own.name not in spoken_of]
+        defaults = type(config)()
+        return [name for name in names if getattr(config, name) != getattr(defaults, name)]
 
     def notes(self, config: Any) -> list[str]:
         """What of the source's config is not carried over."""

@@ -21,7 +21,7 @@ from modeling_hope.conversion.families import FAMILIES
 from modeling_hope.conversion.strategy import STRATEGIES
 
 from .conftest import random_ids
-from .stock_models import CONFIGS, LONGROPE, SHARED, TRAINED, WINDOW, stock_model
+from .stock_models import BIASES, CONFIGS, LONGROPE, SHARED, TRAINED, WINDOW, stock_model
 
 
 PERIODS = (4, 8, 16)
@@ -202,6 +202,12 @@ def test_what_a_family_needs_and_hope_has_not_is_refused_by_name():
     for config, field in cases:
         with pytest.raises(ValueError, match=field):
             convert(stock_model(config))
+    # And so is a field that a Transformers to come may add, where it is set to something.
+    family, config = FAMILIES["llama"], LlamaConfig(**SHARED, **BIASES)
+    unaware = dataclasses.replace(family, fields={n: f for n, f in family.fields.items() if n != "attention_bias"})
+    with pytest.raises(ValueError, match=r"attention_bias=True .* does not speak of"):
+        unaware.check(config)
+    unaware.check(LlamaConfig(**SHARED))
 
 
 def test_bf16_stays_and_rounds_as_the_source_does():
