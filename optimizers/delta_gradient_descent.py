@@ -31,6 +31,9 @@ class DeltaGradientDescent(GroupOptimizer):
     Sherman-Morrison, lr = eta / (1 + eta lambda^2), below 1 for the paper's lambda = 1. So `lr` is its eta'. As the paper
     assumes normalised inputs, `normalize` scales the x of the decay term, not the layer's own input, to norm 1.
 
+    A weight taught by a dot product, L = -<W x, v>, comes to W x = v where gradient descent adds up forever: the delta
+    rule. A loss with a minimum of its own is regularised: what W comes to minimises L + 1/2 |W x|^2.
+
     For many tokens the gradient of a mean loss is a mean over them, and so is the decay,
 
     ```

@@ -45,8 +45,8 @@ class M3(GroupOptimizer):
 
     A tensor of more than two dimensions is a matrix `[out, the rest]`. Vectors, and groups with ns_steps=0 (embeddings),
     have nothing to orthogonalise: O = M / s in the ema form, which is Adam with a slow memory, and O = M in the literal
-    one. With alpha=0 and beta2=None it is `torch.optim.Muon`, on whose matrices the ema form then does the same
-    arithmetic.
+    one. With alpha=0 and beta2=None the ema form is `torch.optim.Muon` on matrices, number for number where foreach=False
+    (a product of stacked matrices may round otherwise in bfloat16).
 
     Args:
         params: parameters, or groups of them.
@@ -158,8 +158,7 @@ class M3(GroupOptimizer):
 
         ahead = momentum
         if group["nesterov"]:
-            ahead = [g.clone() for g in gradients]
-            each(ahead, at_once).lerp_(momentum, beta1)
+            ahead = [g.lerp(m, beta1) for g, m in zip(gradients, momentum, strict=True)]
         directions = self._orthogonal(group, ahead, at_once, [1 - beta1**t for t in steps])
         if alpha:
             # What is not orthogonalised has yet to be divided by s; the slow memory's share is divided with it.

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, multiprocessing, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
@@ -75,7 +75,10 @@ def naive_delta_momentum(params, steps, lr, alpha, delta, largest, decay):
             w, g = rows(p.detach()), rows(p.grad)
             key = g if largest is None or g.norm() <= largest else g / g.norm() * largest
             n = g.shape[1]
-            m[i] = m[i] @ (alpha * torch.eye(n, dtype=torch.float64) - delta * sum(torch.outer(row, row) for row in key)) + g
+            m[i] = (
+                m[i] @ (alpha * torch.eye(n, dtype=torch.float64) - delta * sum(torch.outer(row, row) for row in key))
+                + g
+            )
             p.data = (w * (1 - lr * decay) - lr * m[i]).reshape(p.shape)
 
 
@@ -180,13 +183,11 @@ def test_m3_without_slow_memory_and_second_moment_is_muon(foreach, nesterov, adj
     shapes = [(6, 4), (4, 6), (5, 5), (6, 4)]
     ours, theirs = parameters(shapes=shapes), parameters(shapes=shapes)
     same = {"lr": 0.02, "weight_decay": 0.1, "nesterov": nesterov, "adjust_lr_fn": adjust, "ns_steps": 4}
-    muon = torch.optim.Muon(theirs, momentum=0.9, **same)
-    for a, b in zip(
-        run(M3(ours, betas=(0.9, None, 0.0), alpha=0.0, foreach=foreach, **same), ours, 20),
-        run(muon, theirs, 20),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, **SAME)
+    found = run(M3(ours, betas=(0.9, None, 0.0), alpha=0.0, foreach=foreach, **same), ours, 20)
+    # Of stacked matrices in bfloat16 a product may round differently.
+    near = {"rtol": 0, "atol": 0.01} if foreach else SAME
+    for a, b in zip(found, run(torch.optim.Muon(theirs, momentum=0.9, **same), theirs, 20), strict=True):
+        torch.testing.assert_close(a, b, **near)
 
 
 def rate_of(step):
@@ -202,8 +203,9 @@ def test_without_what_is_new_they_are_what_torch_has(foreach):
     for maximize in (False, True):
         for ours, theirs in pairs:
             one, other = parameters(), parameters()
-            options = {"lr": torch.tensor(0.1), "foreach": foreach, "maximize": maximize}
-            first, second = ours(one, **options), theirs(other, **options)
+            options = {"foreach": foreach, "maximize": maximize}
+            first = ours(one, lr=torch.tensor(0.1), **options)
+            second = theirs(other, lr=torch.tensor(0.1), **options)
             schedules = LambdaLR(first, rate_of), LambdaLR(second, rate_of)
             for step in range(6):
                 for optimizer, params, schedule in zip((first, second), (one, other), schedules, strict=True):
@@ -350,6 +352,34 @@ def test_only_inputs_that_taught_something_count():
     after(half, torch.bfloat16)
 
 
+def one_of_two(rank, place, found):
+    distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
+    model = layers()
+    optimizer = DeltaGradientDescent(model.parameters(), model, lr=0.2)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    x, y = data(6)
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.mse_loss(wrapped(x[3 * rank : 3 * rank + 3]), y[3 * rank : 3 * rank + 3]).backward()
+        optimizer.step()
+    found[rank] = [p.detach().tolist() for p in model.parameters()]
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_share_their_inputs(tmp_path):
+    with multiprocessing.Manager() as manager:
+        found = manager.dict()
+        multiprocessing.spawn(one_of_two, (str(tmp_path / "meet"), found), nprocs=2)
+        both = [found[0], found[1]]
+    alone = layers()
+    for _ in range(2):
+        naive_delta_descent(alone, [data(6)], 0.2, 1.0, True)
+    assert both[0] == both[1]
+    for a, b in zip(both[0], alone.parameters(), strict=True):
+        torch.testing.assert_close(torch.tensor(a, dtype=torch.float64), b.detach(), **EXACT)
+
+
 def test_shared_layers_count_together_and_hooks_can_go():
     torch.manual_seed(0)
     first, second = nn.Linear(4, 4, bias=False).double(), nn.Linear(4, 4, bias=False).double()
@@ -404,9 +434,7 @@ def test_each_group_steps_on_its_own_period():
 def test_a_wrapped_optimizer_sees_only_its_own_steps():
     """Adam's own count, schedulers, clipping, the scaler, half precision, a closure."""
     params = parameters(dtype=torch.float32, shapes=[(3, 2), (4,)])
-    optimizer = MultiFrequency(
-        torch.optim.Adam, [{"params": params[:1], "period": 3}, {"params": params[1:]}], lr=0.1
-    )
+    optimizer = MultiFrequency(torch.optim.Adam, [{"params": params[:1], "period": 3}, {"params": params[1:]}], lr=0.1)
     schedule = LambdaLR(optimizer, rate_of)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     for step in range(7):
@@ -488,7 +516,7 @@ def test_a_saved_state_goes_on_bit_for_bit(tmp_path):
         wide.load_state_dict(optimizer.state_dict())
         moved = [t for state in wide.state.values() for k, t in state.items() if k != "step"]
         assert moved and all(t.dtype == torch.float32 for t in moved), name
-        with pytest.raises(ValueError, match="different number of parameter groups|doesn't match"):
+        with pytest.raises(ValueError, match=r"different number of parameter groups|doesn't match"):
             kind(parameters()[:3]).load_state_dict(optimizer.state_dict())
 
 
@@ -503,8 +531,12 @@ def test_gradients_that_cannot_be_are_refused_before_anything_changed():
         with pytest.raises(RuntimeError, match="sparse gradients"):
             optimizer.step()
         assert all(map(torch.equal, params, before)), name
-        torch.testing.assert_close(optimizer.state_dict(), state, rtol=0, atol=0)
-        assert optimizer.step(lambda: params[1].grad.__class__ and give_gradients(params, 2) or 1.5) == 1.5
+        torch.testing.assert_close(optimizer.state_dict()["state"], state["state"], rtol=0, atol=0)
+        assert optimizer.state_dict()["param_groups"] == state["param_groups"], name
+        calls = []
+        give_gradients(params, 2)
+        assert optimizer.step(lambda calls=calls: calls.append(torch.is_grad_enabled()) or 1.5) == 1.5
+        assert calls == [True]
     for kind in (DeltaMomentum, DeepMomentum, M3):
         param = nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))
         param.grad = torch.ones_like(param)
@@ -567,28 +599,37 @@ def test_impossible_wrappings_are_named():
 NAMES = ("sgd", "adamw", "delta_gradient_descent", "delta_momentum", "deep_momentum", "m3")
 
 
-@pytest.mark.usefixtures("family")
-@pytest.mark.parametrize("name", NAMES)
-def test_trainer_takes_each(tmp_path, name):
-    """By its name, with and without levels at their own paces; with a schedule, clipping, accumulation and a restart."""
+def train(tmp_path, name, periods, resume=None, **fields):
+    """Five steps with a schedule, clipping and accumulation: the losses, and the weights."""
     rate = {"sgd": 0.3, "delta_gradient_descent": 0.3, "delta_momentum": 0.1, "deep_momentum": 0.1}.get(name, 0.01)
+    model = tiny_model(dtype=torch.float32, **fields).train()
+    optimizer = make_optimizer(name, model, level_periods=periods, lr=rate, weight_decay=0.01)
+    arguments = TrainingArguments(
+        tmp_path, max_steps=5, per_device_train_batch_size=2, gradient_accumulation_steps=2, report_to=[],
+        use_cpu=True, logging_steps=1, save_strategy="steps", save_steps=3, disable_tqdm=True,
+    )  # fmt: skip
     data = [{"input_ids": row, "labels": row} for row in random_ids(16, 12)]
-    for periods in (None, "config"):
-        weights = []
-        for resume in (False, True):
-            model = tiny_model(dtype=torch.float32).train()
-            optimizer = make_optimizer(name, model, level_periods=periods, lr=rate, weight_decay=0.01)
-            arguments = TrainingArguments(
-                tmp_path / f"{periods}", max_steps=5, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-                report_to=[], use_cpu=True, logging_steps=1, save_strategy="steps", save_steps=3, disable_tqdm=True,
-            )  # fmt: skip
-            schedule = LambdaLR(optimizer, rate_of)
-            trainer = Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, schedule))
-            trainer.train(resume_from_checkpoint=str(tmp_path / f"{periods}" / "checkpoint-3") if resume else None)
-            losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-            assert losses[-1] < losses[0]
-            weights.append([p.detach().clone() for p in model.parameters()])
-        assert all(map(torch.equal, *weights))
+    trainer = Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, LambdaLR(optimizer, rate_of)))
+    trainer.train(resume_from_checkpoint=resume)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("periods", [None, "config"])
+@pytest.mark.parametrize("name", NAMES)
+def test_trainer_takes_each_and_resumes(tmp_path, name, periods):
+    """By its name, the levels at one pace or at their own; resumed in the middle of a period and of a slow memory."""
+    losses, weights = train(tmp_path, name, periods)
+    assert losses[-1] < losses[0]
+    resumed, again = train(tmp_path, name, periods, str(tmp_path / "checkpoint-3"))
+    assert resumed == losses and all(map(torch.equal, weights, again))
+
+
+@pytest.mark.parametrize("name", ["delta_gradient_descent", "deep_momentum", "m3"])
+def test_trainer_takes_them_with_learning_memories(tmp_path, name):
+    fields = {"layer_types": ["hope_memory", "full_attention"], "num_memory_heads": 2, "memory_chunk_size": 3}
+    losses, _ = train(tmp_path, name, "config", cms_training="first_order", sliding_window=None, **fields)
+    assert losses[-1] < losses[0]
 
 
 def test_by_name():
@@ -624,34 +665,51 @@ def test_what_is_written_of_momentum_holds():
         for _ in range(200):
             x.grad = x.detach().clone()
             optimizer.step()
-        return float(x.norm())
+        return float(x.detach().norm())
 
     assert not norm(None) < 1e6 and norm(1.0) < 1e-2
 
 
 def test_delta_gradient_descent_on_correlated_inputs():
     """
-    Least squares on inputs along nearly one line: the decay tends to the solution of
-    `min |Wx - y|^2 + |W x/|x||^2`, at the pace of gradient descent or better, while Eq. 57 never overshoots.
+    A stream of keys along nearly one line, taught their values by a dot product, one after the other: gradient descent
+    adds up without end, and keys disturb each other; Eq. 57 comes to the map that gives each its value. On a loss of
+    its own minimum, the decay regularises.
     """
     generator = torch.Generator().manual_seed(0)
     line = torch.randn(6, generator=generator, dtype=torch.float64)
-    x = line + 0.2 * torch.randn(64, 6, generator=generator, dtype=torch.float64)
-    x = x / x.norm(dim=1, keepdim=True)
-    y = x @ torch.randn(6, 3, generator=generator, dtype=torch.float64)
-    layer = nn.Linear(6, 3, bias=False).double()
-    optimizer = DeltaGradientDescent(layer.parameters(), layer, lr=0.5)
-    losses = []
-    for _ in range(4000):
-        optimizer.zero_grad()
-        loss = 0.5 * (layer(x) - y).square().sum(-1).mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach() + 0.5 * (x @ layer.weight.detach().T).square().sum(-1).mean()))
-    gram = x.T @ x / 64
-    solution = torch.linalg.solve(2 * gram, x.T @ y / 64).T
-    torch.testing.assert_close(layer.weight.detach(), solution, rtol=1e-6, atol=1e-6)
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(losses, losses[1:], strict=False))
+    x = F.normalize(line + 0.7 * torch.randn(32, 6, generator=generator, dtype=torch.float64), dim=1)
+    assert (x @ x.T).mean() > 0.7
+    true = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    v = x @ true.T
+
+    def train(kind, steps, loss, batch):
+        layer = nn.Linear(6, 3, bias=False).double()
+        optimizer = kind(layer)
+        for step in range(steps):
+            optimizer.zero_grad()
+            rows = slice(None) if batch else [step % 32]
+            loss(layer(x[rows]), v[rows]).backward()
+            optimizer.step()
+        return layer.weight.detach()
+
+    def dot(y, v):
+        return -(y * v).sum(-1).mean()
+
+    def squared(y, v):
+        return 0.5 * (y - v).square().sum(-1).mean()
+
+    def delta(layer):
+        return DeltaGradientDescent(layer.parameters(), layer, lr=0.9)
+
+    def plain(layer):
+        return torch.optim.SGD(layer.parameters(), lr=0.9)
+
+    found = train(delta, 640, dot, batch=False)
+    torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-4)
+    grown = [train(plain, steps, dot, batch=False).norm() for steps in (160, 320)]
+    assert grown[1] > 1.9 * grown[0] > 10 * true.norm()
+    torch.testing.assert_close(train(delta, 500, squared, batch=True), true / 2, rtol=1e-3, atol=1e-3)
 
 
 def test_averages_stay_bounded_where_sums_grow():
@@ -662,14 +720,16 @@ def test_averages_stay_bounded_where_sums_grow():
         w = nn.Parameter(torch.zeros(6, 4))
         target = torch.randn(6, 4)
         optimizer = M3([w], lr=0.01, form=form)
-        sizes = []
+        sizes, distances = [], []
         for _ in range(steps):
             w.grad = w.detach() - target + 0.5 * torch.randn(6, 4) + 1.0
             optimizer.step()
             sizes.append(float(optimizer.state[w]["second_moment"].mean()))
-        return sizes, float((w.detach() - target + 1.0).norm())
+            distances.append(float((w.detach() - target + 1.0).norm()))
+        return sizes, distances
 
-    sizes, distance = train("ema", 2000)
-    assert max(sizes) < 10 * sizes[0] + 10 and distance < 0.5
-    sizes, _ = train("literal", 2000)
-    assert sizes[-1] > 100 * sizes[0] and sizes[-1] > 1.5 * sizes[999]
+    sizes, distances = train("ema", 2000)
+    assert max(sizes) < 10 * sizes[0] + 10 and max(distances[1000:]) < 1.0
+    sizes, distances = train("literal", 1000)
+    assert sizes[-1] > 100 * sizes[0] and sizes[-1] > 1.9 * sizes[499]
+    assert distances[499] - distances[999] < 0.7 * (distances[0] - distances[499])
