@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from .deep_momentum import DeepMomentum
 from .delta_gradient_descent import DeltaGradientDescent
 from .delta_momentum import DeltaMomentum
-from .level_groups import level_of_parameters, proportional_periods
+from .level_groups import level_of_parameters, level_periods
 from .m3 import M3
 from .multi_frequency import MultiFrequency
 
@@ -30,7 +30,7 @@ OURS_TO_GIVE = {"self", "params", "model"}
 
 
 def make_optimizer(
-    name: str, model: nn.Module, *, level_periods: Sequence[int] | str | None = None, **options: Any
+    name: str, model: nn.Module, *, periods: Sequence[int] | str | None = None, **options: Any
 ) -> Optimizer:
     """
     An optimizer for a model's parameters that need gradients, in groups as is usual.
@@ -40,8 +40,8 @@ def make_optimizer(
 
     Args:
         name: "adamw", "sgd", "delta_gradient_descent", "delta_momentum", "deep_momentum" or "m3".
-        model: a Hope model, or any other where `level_periods` is not given.
-        level_periods: steps from one update to the next, for each level of the continuum memory (`MultiFrequency`);
+        model: a Hope model, or any other where `periods` are not given.
+        periods: steps from one update to the next, for each level of the continuum memory (`MultiFrequency`);
             "config" for those in proportion to `config.cms_periods`.
         options: of the optimizer, such as `lr` and `weight_decay`; and `reduction` of `MultiFrequency`.
 
@@ -52,36 +52,31 @@ def make_optimizer(
         raise ValueError(f"Optimizer must be one of {', '.join(map(repr, OPTIMIZERS))}, got {name!r}.")
     kind = OPTIMIZERS[name]
     known = set(inspect.signature(kind).parameters) - OURS_TO_GIVE
-    wrapping = {"reduction": options.pop("reduction")} if level_periods is not None and "reduction" in options else {}
+    wrapping = {"reduction": options.pop("reduction")} if periods is not None and "reduction" in options else {}
     unknown = sorted(set(options) - known)
     if unknown:
         raise ValueError(f"{name!r} has no option `{unknown[0]}`. It has {', '.join(sorted(known))}.")
     if kind is DeltaGradientDescent:
         options["model"] = model
-    groups = _groups(name, model, level_periods)
-    if level_periods is None:
+    groups = _groups(name, model, periods)
+    if periods is None:
         return kind(groups, **options)
     return MultiFrequency(kind(groups, **options), **wrapping)
 
 
-def _groups(name: str, model: nn.Module, level_periods: Sequence[int] | str | None) -> list[dict[str, Any]]:
-    levels, periods = {}, []
-    if level_periods is not None:
-        levels = level_of_parameters(model)
-        periods = proportional_periods(model.config) if level_periods == "config" else list(level_periods)  # type: ignore[arg-type]
-        if len(periods) != len(model.config.cms_periods):  # type: ignore[union-attr, arg-type]
-            raise ValueError(
-                f"`level_periods` must be 'config' or one for each of {len(model.config.cms_periods)} levels, "  # type: ignore[union-attr, arg-type]
-                f"got {level_periods!r}."
-            )
+def _groups(name: str, model: nn.Module, periods: Sequence[int] | str | None) -> list[dict[str, Any]]:
+    paces: dict[nn.Parameter, int] = {}
+    if periods is not None:
+        steps = level_periods(model, None if periods == "config" else periods)  # type: ignore[arg-type]
+        paces = {parameter: steps[level] for parameter, level in level_of_parameters(model).items()}
     outer = _embeddings(model)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
         own: dict[str, Any] = {}
-        if level_periods is not None:
-            own["period"] = periods[levels[parameter]] if parameter in levels else 1
+        if periods is not None:
+            own["period"] = paces.get(parameter, 1)
         if parameter.dim() < 2:
             own["weight_decay"] = 0.0
         elif name == "m3" and parameter in outer:
@@ -92,7 +87,7 @@ def _groups(name: str, model: nn.Module, level_periods: Sequence[int] | str | No
     return list(groups.values())
 
 
-def _embeddings(model: nn.Module) -> set[nn.Parameter]:
+def _embeddings(model: nn.Module) -> set[torch.Tensor]:
     """Weights of embeddings, and of an output layer over the vocabulary."""
     found = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     output = getattr(model, "get_output_embeddings", lambda: None)()

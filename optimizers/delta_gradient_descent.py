@@ -115,13 +115,15 @@ class DeltaGradientDescent(GroupOptimizer):
         # A function and a weak reference: a copy of the model must not copy, nor feed, the optimizer.
         found = weakref.ref(self)
 
-        def heard(module: nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        def heard(
+            module: nn.Linear, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor], output: torch.Tensor
+        ) -> None:
             optimizer = found()
             if optimizer is not None and module.weight in optimizer.layers and output.requires_grad:
-                weight, x = module.weight, inputs[0].detach()
+                weight, x = module.weight, (args[0] if args else kwargs["input"]).detach()
                 output.register_hook(lambda gradient: optimizer.count(weight, x, gradient))
 
-        self.handles.append(layer.register_forward_hook(heard))
+        self.handles.append(layer.register_forward_hook(heard, with_kwargs=True))
 
     def remove_hooks(self) -> None:
         """Stop listening: for when training is over, or before the model is pickled. Later steps are refused."""

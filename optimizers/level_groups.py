@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from modeling_hope import HopeConfig
 from modeling_hope.continuum_memory import HopeLevel
 
 
@@ -27,12 +26,7 @@ def level_groups(model: nn.Module, periods: Sequence[int] | None = None) -> list
     Raises:
         ValueError: the model has no continuum memory; `periods` do not fit its levels.
     """
-    levels = level_of_parameters(model)
-    if periods is None:
-        periods = proportional_periods(model.config)  # type: ignore[arg-type]
-    count = len(model.config.cms_periods)  # type: ignore[union-attr, arg-type]
-    if len(periods) != count:
-        raise ValueError(f"`periods` must be one for each of {count} levels, got {len(periods)}.")
+    levels, periods = level_of_parameters(model), level_periods(model, periods)
     groups: dict[int | None, dict[str, Any]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -52,7 +46,12 @@ def level_of_parameters(model: nn.Module) -> dict[nn.Parameter, int]:
     return levels
 
 
-def proportional_periods(config: HopeConfig) -> list[int]:
-    """Steps between updates, a level's `cms_periods` over that of the fastest."""
-    learning = [period for period in config.cms_periods if period is not None]
-    return [1 if period is None else round(period / min(learning)) for period in config.cms_periods]
+def level_periods(model: nn.Module, periods: Sequence[int] | None = None) -> list[int]:
+    """Steps from one update of each level to the next: those given, or in proportion to `config.cms_periods`."""
+    tokens = model.config.cms_periods  # type: ignore[union-attr]
+    if periods is None:
+        fastest = min((period for period in tokens if period is not None), default=1)
+        return [1 if period is None else round(period / fastest) for period in tokens]
+    if len(periods) != len(tokens):
+        raise ValueError(f"`periods` must be one for each of {len(tokens)} levels, got {len(periods)}.")
+    return list(periods)

@@ -167,14 +167,14 @@ class M3(GroupOptimizer):
         if beta2 is not None:
             directions = self._divided(group, directions, buffers["second_moment"], steps, at_once)
         shaped = [adjustment(group, param) for param in params]
-        directions = torch._foreach_mul(directions, shaped) if at_once else [*map(torch.mul, directions, shaped)]
+        scaled = list(torch._foreach_mul(directions, shaped) if at_once else map(torch.mul, directions, shaped))
 
         if alpha:
             each(buffers["chunk"], at_once).add_(gradients)
             due = [state for state, step in zip(states, steps, strict=True) if step % group["slow_period"] == 0]
             if due:
                 self._fold(group, due, at_once)
-        return list(directions)
+        return scaled
 
     def _fold(self, group: dict[str, Any], states: list[State], at_once: bool) -> None:
         """The chunk goes into the slow memory, whose direction then holds for the next chunk."""

@@ -89,7 +89,7 @@ class MultiFrequency(Optimizer):
             self.optimizer.add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Add up, and step the groups whose period ends. `closure` evaluates the loss, which is then returned."""
         loss = None
         if closure is not None:

@@ -603,7 +603,7 @@ def train(tmp_path, name, periods, resume=None, **fields):
     """Five steps with a schedule, clipping and accumulation: the losses, and the weights."""
     rate = {"sgd": 0.3, "delta_gradient_descent": 0.3, "delta_momentum": 0.1, "deep_momentum": 0.1}.get(name, 0.01)
     model = tiny_model(dtype=torch.float32, **fields).train()
-    optimizer = make_optimizer(name, model, level_periods=periods, lr=rate, weight_decay=0.01)
+    optimizer = make_optimizer(name, model, periods=periods, lr=rate, weight_decay=0.01)
     arguments = TrainingArguments(
         tmp_path, max_steps=5, per_device_train_batch_size=2, gradient_accumulation_steps=2, report_to=[],
         use_cpu=True, logging_steps=1, save_strategy="steps", save_steps=3, disable_tqdm=True,
@@ -641,13 +641,13 @@ def test_by_name():
     assert held[id(model.model.norm.weight)]["weight_decay"] == 0
     inside = held[id(model.model.layers[0].cms.level(0).up_proj.weight)]
     assert inside["ns_steps"] == 5 and inside["weight_decay"] == 0.1
-    paces = make_optimizer("adamw", model, level_periods=[1, 2, 3], reduction="mean")
+    paces = make_optimizer("adamw", model, periods=[1, 2, 3], reduction="mean")
     assert isinstance(paces, MultiFrequency) and {g["period"] for g in paces.param_groups} == {1, 2, 3}
     for arguments, names in (
         ({"name": "adam"}, "'adamw', 'sgd'"),
         ({"name": "m3", "learning_rate": 0.1}, "no option `learning_rate`.*lr"),
         ({"name": "m3", "reduction": "sum"}, "no option `reduction`"),
-        ({"name": "m3", "level_periods": [1]}, "`level_periods`"),
+        ({"name": "m3", "periods": [1]}, "`periods`"),
     ):
         with pytest.raises(ValueError, match=names):
             make_optimizer(model=model, **arguments)
