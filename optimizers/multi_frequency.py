@@ -98,39 +98,46 @@ class MultiFrequency(Optimizer):
         slow = [group for group in self.param_groups if group["period"] > 1]
         if any(p.grad is not None and p.grad.is_sparse for group in slow for p in group["params"]):
             raise RuntimeError("MultiFrequency does not support sparse gradients in groups with a period above 1")
-        given = [(p, p.grad) for group in slow for p in group["params"]]
-        due = [group for group in slow if group["elapsed"] + 1 >= group["period"]]
-        for group in slow:
-            self._add_up(group["params"])
-        if due or len(slow) < len(self.param_groups):
+        ends = [group["elapsed"] + 1 >= group["period"] for group in slow]
+        if any(ends) or len(slow) < len(self.param_groups):
+            given = [(p, p.grad) for group in slow for p in group["params"]]
+            totals = [
+                self._total(group, p) if end else None
+                for group, end in zip(slow, ends, strict=True)
+                for p in group["params"]
+            ]
             try:
-                for p, _ in given:
-                    p.grad = None
-                for group in due:
-                    for p in group["params"]:
-                        self._hand_over(p, group["period"])
+                for (p, _), total in zip(given, totals, strict=True):
+                    p.grad = total
                 self.optimizer.step()
             finally:
                 for p, gradient in given:
                     p.grad = gradient
-        for group in slow:
-            group["elapsed"] = (group["elapsed"] + 1) % group["period"]
+        # After it: what the wrapped optimizer refuses has changed nothing here.
+        for group, end in zip(slow, ends, strict=True):
+            group["elapsed"] = 0 if end else group["elapsed"] + 1
+            for p in group["params"]:
+                if end:
+                    self.accumulated.pop(p, None)
+                elif p.grad is not None:
+                    self.accumulated[p] = self._sum(p)
         return loss
 
-    def _add_up(self, params: list[torch.Tensor]) -> None:
-        for p in params:
-            if p.grad is None:
-                continue
-            # Many small numbers are lost on a sum in half precision.
-            if p not in self.accumulated:
-                dtype = torch.promote_types(p.dtype, torch.float32)
-                self.accumulated[p] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-            self.accumulated[p].add_(p.grad)
+    def _sum(self, p: torch.Tensor) -> torch.Tensor:
+        """With this step's gradient; in place where there is a sum. Many small numbers are lost on one in half precision."""
+        wide = p.grad.to(torch.promote_types(p.dtype, torch.float32))  # type: ignore[union-attr]
+        found = self.accumulated.get(p)
+        if found is None:
+            return wide.clone() if wide is p.grad else wide
+        return found.add_(wide)
 
-    def _hand_over(self, p: torch.Tensor, period: int) -> None:
-        total = self.accumulated.pop(p, None)
-        if total is not None:
-            p.grad = (total / period if self.reduction == "mean" else total).to(p.dtype)
+    def _total(self, group: dict[str, Any], p: torch.Tensor) -> torch.Tensor | None:
+        """What the wrapped optimizer gets of a period that ends."""
+        parts = [part for part in (self.accumulated.get(p), p.grad) if part is not None]
+        if not parts:
+            return None
+        total = sum(part.to(torch.promote_types(p.dtype, torch.float32)) for part in parts)
+        return (total / group["period"] if self.reduction == "mean" else total).to(p.dtype)  # type: ignore[union-attr]
 
     def state_dict(self) -> dict[str, Any]:
         found = self.optimizer.state_dict()

@@ -460,6 +460,20 @@ def test_a_wrapped_optimizer_sees_only_its_own_steps():
     assert optimizer.step(lambda: calls.append(torch.is_grad_enabled()) or 3.0) == 3.0 and calls == [True]
 
 
+def test_what_the_wrapped_optimizer_refuses_changes_nothing():
+    params = parameters()
+    groups = [{"params": params[:2], "period": 2}, {"params": params[2:]}]
+    optimizer = MultiFrequency(DeltaMomentum, groups, lr=0.1)
+    before = run(optimizer, params, 3)
+    state = copy.deepcopy(optimizer.state_dict())
+    give_gradients(params, 3)
+    params[2].grad = params[2].grad.to_sparse()
+    with pytest.raises(RuntimeError, match="DeltaMomentum does not support sparse"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before)) and params[2].grad.is_sparse
+    torch.testing.assert_close(optimizer.state_dict(), state, rtol=0, atol=0)
+
+
 def test_delta_gradient_descent_keeps_its_inputs_for_a_period():
     one, other = layers(), layers()
     groups = [{"params": list(one.parameters()), "period": 2}]
@@ -615,8 +629,7 @@ def train(tmp_path, name, periods, resume=None, **fields):
     return losses, [p.detach().clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("periods", [None, "config"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "periods"), [*((name, "config") for name in NAMES), ("m3", None)])
 def test_trainer_takes_each_and_resumes(tmp_path, name, periods):
     """By its name, the levels at one pace or at their own; resumed in the middle of a period and of a slow memory."""
     losses, weights = train(tmp_path, name, periods)
@@ -625,9 +638,10 @@ def test_trainer_takes_each_and_resumes(tmp_path, name, periods):
     assert resumed == losses and all(map(torch.equal, weights, again))
 
 
-@pytest.mark.parametrize("name", ["delta_gradient_descent", "deep_momentum", "m3"])
-def test_trainer_takes_them_with_learning_memories(tmp_path, name):
+def test_trainer_takes_them_while_levels_learn(tmp_path):
+    """Whose layers are called by passes of their own."""
     fields = {"layer_types": ["hope_memory", "full_attention"], "num_memory_heads": 2, "memory_chunk_size": 3}
+    name = "delta_gradient_descent"
     losses, _ = train(tmp_path, name, "config", cms_training="first_order", sliding_window=None, **fields)
     assert losses[-1] < losses[0]
 
@@ -719,7 +733,7 @@ def test_averages_stay_bounded_where_sums_grow():
         torch.manual_seed(0)
         w = nn.Parameter(torch.zeros(6, 4))
         target = torch.randn(6, 4)
-        optimizer = M3([w], lr=0.01, form=form)
+        optimizer = M3([w], lr=0.01, form=form, ns_dtype=torch.float32)
         sizes, distances = [], []
         for _ in range(steps):
             w.grad = w.detach() - target + 0.5 * torch.randn(6, 4) + 1.0
