@@ -82,6 +82,11 @@ def dictionary(reader: Callable[[str], list[Block]]) -> Callable[[Files], Iterat
     return read
 
 
+def all_files(licence: str) -> str:
+    """Pattern of what a copyright file in Debian's format says first, of all files but those it names later."""
+    return rf"Files: \* Copyright:(?: (?!Files: )\S+)+? License: {re.escape(licence)} "
+
+
 DOC = r"usr/share/doc"
 GPL_2_OR_LATER = r"either version 2(?: of the License)?,? or \(?at your option\)? any later version"
 
@@ -108,28 +113,28 @@ SOURCES = {
         Source(
             "debian-handbook",
             "GPL-2.0-or-later OR CC-BY-SA-3.0",
-            r"License: GPL-2\.0\+ or CC-BY-SA-3\.0",
+            all_files("GPL-2.0+ or CC-BY-SA-3.0"),
             pages((rf"{DOC}/debian-handbook/html/en-US/((?!index|ix01).+)\.html", read_html)),
             "debian-handbook",
         ),
         Source(
             "debian-reference-en",
             "GPL-2.0-or-later",
-            r"License: GPL-2\+",
+            all_files("GPL-2+"),
             pages((r"usr/share/debian-reference/((?!index).+)\.en\.html", read_html)),
             "debian-reference-en",
         ),
         Source(
             "gnome-user-docs",
             "CC-BY-SA-3.0",
-            r"License: CC-BY-SA-3\.0",
+            all_files("CC-BY-SA-3.0"),
             pages((r"usr/share/help/C/(.+)\.page", read_mallard)),
             "gnome-user-docs",
         ),
         Source(
             "python3-doc",
             "PSF-2.0",
-            r"PSF LICENSE AGREEMENT FOR PYTHON",
+            r"PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2",
             pages(
                 (
                     rf"{DOC}/python3[.\d]*/html/(?!_|genindex|py-modindex|search|contents|index|whatsnew/changelog|"
@@ -143,8 +148,7 @@ SOURCES = {
         Source(
             "postgresql-doc",
             "PostgreSQL",
-            r"Permission to use, copy, modify, and distribute this software and its documentation for any purpose, "
-            r"without fee, and without a written agreement is hereby granted",
+            all_files("PostgreSQL"),
             pages(
                 (rf"{DOC}/postgresql-doc-\d+/html/((?!bookindex|index|release|biblio|legalnotice).+)\.html", read_html)
             ),
@@ -154,7 +158,7 @@ SOURCES = {
         Source(
             "sqlite3-doc",
             "public domain",
-            r"License: public-domain",
+            all_files("public-domain"),
             pages(
                 (rf"{DOC}/sqlite3/((?!releaselog|changes|doclist|keyword_index|sitemap|syntax/).+)\.html", read_html)
             ),
@@ -163,7 +167,7 @@ SOURCES = {
         Source(
             "perl-doc",
             "GPL-1.0-or-later OR Artistic-1.0-Perl",
-            r"License: GPL-1\+ or Artistic",
+            all_files("GPL-1+ or Artistic"),
             pages(
                 (r"usr/share/perl/[\d.]+/(pod/(?!perltoc|perl(?:cn|jp|ko|tw)\.).+)\.pod", read_pod),
                 (r"usr/share/man/(man3/.+)\.3perl", read_man),
@@ -173,14 +177,14 @@ SOURCES = {
         Source(
             "git-doc",
             "GPL-2.0-only",
-            r"License: GPL-2\b",
+            all_files("GPL-2"),
             pages((rf"{DOC}/git-doc/((?!RelNotes|index).+)\.html", read_html)),
             "git-doc",
         ),
         Source(
             "linux-doc",
             "GPL-2.0-only",
-            r"License: GPL-2\b",
+            all_files("GPL-2"),
             pages(
                 (rf"{DOC}/linux-doc-[\d.]+/(html/(?!_|translations|genindex|search|index).+)\.html", read_html),
                 (rf"{DOC}/linux-doc-[\d.]+/(Documentation/(?!translations|ABI).+)\.txt", read_text),
