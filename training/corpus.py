@@ -35,7 +35,7 @@ from typing import Any
 
 from .corpus_packages import Fetched, PackageFolder, sha256
 from .corpus_sources import SOURCES, Source
-from .plain_text import Block, clean, join, one_line, without_empty_sections
+from .plain_text import Block, clean, join, one_line, paragraphs, without_empty_sections
 
 
 SPLITS = {"test": 0.03, "validation": 0.03, "train": 0.94}
@@ -209,8 +209,8 @@ def extract(source: Source, package: Fetched, packages: PackageFolder, say: Call
 
 def without_repeats(sources: list[Source], read: dict[str, Path]) -> tuple[list[Text], dict[str, int]]:
     """
-    Every document without the paragraphs that came before, in it or in another, the same but for case and spaces.
-    Headings may repeat: where nothing is left under one, it goes.
+    Every document without the paragraphs that came before, in it or in another, the same but for case and spaces. A list
+    and a table are each one paragraph. Headings may repeat: where nothing is left under one, it goes.
 
     Returns:
         The documents, and how many bytes of each source were repeated.
@@ -223,15 +223,15 @@ def without_repeats(sources: list[Source], read: dict[str, Path]) -> tuple[list[
             for line in lines:
                 document = json.loads(line)
                 kept = []
-                for block in (Block(*block) for block in document["blocks"]):
-                    if block.kind != "heading":
-                        same = one_line(block.text.removeprefix("- ")).casefold().encode()
+                for group in paragraphs([Block(*block) for block in document["blocks"]]):
+                    if group[0].kind != "heading":
+                        same = one_line("\n".join(block.text for block in group)).casefold().encode()
                         mark = hashlib.blake2b(same, digest_size=16).digest()
                         if mark in seen:
-                            repeated[source.name] += len(block.text.encode())
+                            repeated[source.name] += len(same)
                             continue
                         seen.add(mark)
-                    kept.append(block)
+                    kept += group
                 text = join(without_empty_sections(kept))
                 if len(text) >= SHORTEST:
                     texts.append(Text(text, source.name, document["document"], source.licence))

@@ -7,7 +7,7 @@ import re
 import string
 from collections.abc import Iterable, Iterator
 
-from .plain_text import Block, one_line
+from .plain_text import Block, one_line, read_text
 
 
 DIGITS = {
@@ -18,6 +18,8 @@ ACCENTS |= {",": "\u0327", ".": "\u0307"}
 LETTERS = {"ae": "æ", "AE": "Æ", "oe": "œ", "OE": "Œ", "eth": "ð", "th": "þ", "deg": "°", "root": "√"}
 # Who wrote an entry: Webster of 1913, WordNet, editors by their initials.
 SOURCE = re.compile(r"\s*\[(?:1913 Webster|Webster|WordNet|PJC|RDH|RP|GNU|AS|Century)\b[^\]]*\]")
+# After the last one may stand the headwords of the next entry.
+NEXT = re.compile(rf"({SOURCE.pattern}) \S[^\n.]{{0,60}}(?:\n {{3}}[^\n.]{{1,60}})*\s*\Z")
 SOUND = re.compile(r"\s*\\[^\\\n]+\\(?:\s*\([^()]*[\"\[`'][^()]*(?:\([^()]*\)[^()]*)*\))?")
 
 
@@ -58,7 +60,8 @@ def by_first_letters(found: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 
 def read_gcide(text: str) -> list[Block]:
     """An entry of the Collaborative International Dictionary: its accents written out, without signs for how it sounds."""
-    text = SOUND.sub("", SOURCE.sub("", text))
+    text = SOUND.sub("", SOURCE.sub("", NEXT.sub(r"\1", text)))
+    text = re.sub(r"\s*\([^()\s]*(?:\[[^\]\s]{1,3}\]|\")[^()\s]*\)", "", text)  # how an inflected form sounds
     text = re.sub(r"\[(.{1,4}?)\]", _letter, text)
     return [Block(one_line(part)) for part in re.split(r"\n\s*\n", re.sub(r"[{}]", "", text)) if part.strip()]
 
@@ -80,5 +83,7 @@ def read_foldoc(text: str) -> list[Block]:
     headword, _, body = text.strip().partition("\n")
     body = re.sub(r"(?m)^\s*\(\d{4}-\d\d-\d\d\)\s*$", "", body)
     body = re.sub(r"<([a-z, ]+)>", r"(\1)", re.sub(r"[{}]", "", body))
-    parts = [one_line(part) for part in re.split(r"\n\s*\n", body) if part.strip()]
-    return [Block(f"{headword.strip()}: {part}" if place == 0 else part) for place, part in enumerate(parts)]
+    blocks = read_text(body)
+    if blocks and blocks[0].kind == "text":
+        return [Block(f"{headword.strip()}: {blocks[0].text.strip()}"), *blocks[1:]]
+    return [Block(headword.strip()), *blocks]

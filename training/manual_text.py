@@ -86,12 +86,14 @@ def _shown(code: str, text: str) -> str:
     if code in "XZ":
         return ""
     if code == "L":
-        label, bar, target = text.partition("|")
+        label, bar, _ = text.partition("|")
         if bar:
             return label
-        page, _, section = target.partition("/")
+        page, _, section = text.partition("/")
         section = section.strip('"')
-        return f"{section} in {page}" if page and section and "://" not in target else target if page else section
+        if "://" in text or not section:
+            return text
+        return f"{section} in {page}" if page else section
     return text
 
 
@@ -128,6 +130,9 @@ def read_man(text: str) -> list[Block]:
     lines = text.split("\n")
     start = next((i for i, line in enumerate(lines) if line.startswith(".TH")), -1)
     for line in lines[start + 1 :]:
+        line = re.sub(r"^\.el +", "", line)  # `.ie n` before it is for terminals, which need no fonts
+        if line.startswith(".ie "):
+            continue
         macro = re.match(r"[.'][ \t]*([A-Za-z\\\"]+)[ \t]*(.*)", line)
         if not macro:
             shown = man_line(line)

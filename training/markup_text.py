@@ -22,7 +22,7 @@ VOID = {"br", "hr", "img", "input", "meta", "col", "area", "base", "wbr"}
 SKIPPED_TAGS = {
     *("head", "script", "style", "nav", "header", "footer", "form", "select", "button", "svg", "math", "iframe"),
     *("object", "noscript", "textarea"),
-    *("info", "media", "links"),
+    *("info", "media", "links", "comment"),
 }
 # Classes, ids and roles of what Sphinx, DocBook, AsciiDoc, Publican, Drupal and SQLite's own pages put around their text.
 SKIPPED_MARKS = {
@@ -231,7 +231,7 @@ def _row(element: Element) -> list[Block]:
     cells = [blocks_in(child) for child in element.children if isinstance(child, Element) and not child.skipped]
     texts = [" ".join(block.text for block in cell) for cell in cells if cell]
     if all(len(text) <= LONGEST_CELL for text in texts) and not any(b.kind == "code" for cell in cells for b in cell):
-        return [Block(" | ".join(texts))] if texts else []
+        return [Block((": " if len(texts) == 2 else " | ").join(texts), "row")] if texts else []
     return [block for cell in cells for block in cell]
 
 

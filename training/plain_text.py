@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import NamedTuple
 
 
@@ -21,7 +22,7 @@ class Block(NamedTuple):
 
     Attributes:
         text: without blank lines around it; lines matter only in code.
-        kind: `"text"`, `"item"` of a list, `"code"`, or `"heading"`.
+        kind: `"text"`, `"item"` of a list, `"row"` of a table, `"code"`, or `"heading"`.
         level: of a heading, 1 the highest.
     """
 
@@ -50,7 +51,7 @@ def one_line(text: str) -> str:
 
 def is_readable(block: Block) -> bool:
     """Whether letters of the Latin alphabet make up the block, and no listing does."""
-    dense = re.sub(r"\s", "", block.text.removeprefix("- "))
+    dense = re.sub(r"\s", "", re.sub(r"^(-|\d+\.) ", "", block.text))
     letters = sum(character.isascii() and character.isalpha() for character in dense)
     if "\ufffd" in dense or letters < LEAST_LETTERS * len(dense) or not dense:
         return False
@@ -86,13 +87,17 @@ def without_empty_sections(blocks: list[Block]) -> list[Block]:
 
 
 def join(blocks: list[Block]) -> str:
-    """A document: paragraphs with a blank line between, items of a list without."""
-    parts: list[str] = []
-    for index, block in enumerate(blocks):
-        if index:
-            parts.append("\n" if block.kind == blocks[index - 1].kind == "item" else "\n\n")
-        parts.append(block.text)
-    return "".join(parts)
+    """A document: paragraphs with a blank line between, items and rows without."""
+    return "\n\n".join("\n".join(block.text for block in group) for group in paragraphs(blocks))
+
+
+def paragraphs(blocks: list[Block]) -> Iterator[list[Block]]:
+    """Blocks in their order, with the items of a list and the rows of a table together."""
+    for kind, group in groupby(blocks, lambda block: block.kind):
+        if kind in ("item", "row"):
+            yield list(group)
+        else:
+            yield from ([block] for block in group)
 
 
 def read_text(text: str) -> list[Block]:
