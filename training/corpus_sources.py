@@ -160,7 +160,11 @@ SOURCES = {
             "public domain",
             all_files("public-domain"),
             pages(
-                (rf"{DOC}/sqlite3/((?!releaselog|changes|doclist|keyword_index|sitemap|syntax/).+)\.html", read_html)
+                (
+                    rf"{DOC}/sqlite3/((?!releaselog|changes|chronology|doc_|doclist|keyword_index|matrix|requirements|"
+                    r"sitemap|toc).+)\.html",
+                    read_html,
+                )
             ),
             "sqlite3-doc",
         ),

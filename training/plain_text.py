@@ -9,9 +9,9 @@ from itertools import groupby
 from typing import NamedTuple
 
 
-# Of the characters that are no spaces. Prose has 0.9 and more, a program 0.7; hex dumps, tables of numbers, drawings made
-# of signs, and languages of other scripts have less.
-LEAST_LETTERS = 0.6
+# Of the characters that are no spaces. Prose has 0.9 and more, most programs 0.6; hex dumps, tables of numbers, drawings
+# made of signs, and languages of other scripts have less than half.
+LEAST_LETTERS = 0.5
 LONGEST_CODE = 60  # lines: what is longer is a listing, not an example
 INVISIBLE = re.compile(r"[\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -52,7 +52,7 @@ def one_line(text: str) -> str:
 def is_readable(block: Block) -> bool:
     """Whether letters of the Latin alphabet make up the block, and no listing does."""
     dense = re.sub(r"\s", "", re.sub(r"^(-|\d+\.) ", "", block.text))
-    letters = sum(character.isascii() and character.isalpha() for character in dense)
+    letters = len(re.sub(r"[^A-Za-z]+", "", dense))
     if "\ufffd" in dense or letters < LEAST_LETTERS * len(dense) or not dense:
         return False
     return block.kind != "code" or block.text.count("\n") < LONGEST_CODE
