@@ -98,8 +98,7 @@ def world(tmp_path, monkeypatch):
         ),
         "machines": Source("machines", "GPL-2.0-or-later", all_files("GPL-2+"), read_pages, "machines"),
     }
-    for module in (corpus,):
-        monkeypatch.setattr(module, "SOURCES", sources)
+    monkeypatch.setattr(corpus, "SOURCES", sources)
     monkeypatch.setattr(corpus_packages, "fetch_wheel", fetch_wheel)
     monkeypatch.setattr(PackageFolder, "index", lambda self: Index())
     return tmp_path, sources, fetches

@@ -128,7 +128,7 @@ def build(
     staged = out / ".partial"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
-    made = {"key": key, "limit_mb": limit_mb, "skipped": skip, "splits": {}, "sources": {}}
+    made: dict[str, Any] = {"key": key, "limit_mb": limit_mb, "skipped": skip, "splits": {}, "sources": {}}
     for source in chosen:
         own = [text for text in texts if text.source == source.name]
         made["sources"][source.name] = {

@@ -35,9 +35,9 @@ def entries(dictionary: bytes, index: str) -> Iterator[tuple[str, str]]:
     data = gzip.decompress(dictionary)
     places: dict[tuple[int, int], str] = {}
     for line in index.splitlines():
-        headword, offset, length = line.split("\t")[:3]
+        headword, start, size = line.split("\t")[:3]
         if not headword.startswith("00-database"):
-            places.setdefault((number(offset), number(length)), headword)
+            places.setdefault((number(start), number(size)), headword)
     for (offset, length), headword in sorted(places.items()):
         yield headword, data[offset : offset + length].decode(errors="replace")
 
