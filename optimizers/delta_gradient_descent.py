@@ -158,7 +158,7 @@ class DeltaGradientDescent(GroupOptimizer):
             return  # every process has to meet the others in the sum
         for group, params in zip(self.param_groups, stepping, strict=True):
             for param in params:
-                if group["delta"] and param in self.layers and GRAM not in self.state[param]:
+                if group["delta"] and param in self.layers and GRAM not in self.state.get(param, {}):
                     name = self.layers[param][0]
                     raise RuntimeError(
                         f"`{name}.weight` has a gradient, but no call of `{name}` was heard since the last step: where a "

@@ -48,7 +48,8 @@ def level_of_parameters(model: nn.Module) -> dict[nn.Parameter, int]:
 
 def level_periods(model: nn.Module, periods: Sequence[int] | None = None) -> list[int]:
     """Steps from one update of each level to the next: those given, or in proportion to `config.cms_periods`."""
-    tokens = model.config.cms_periods  # type: ignore[union-attr]
+    config: Any = model.config
+    tokens = config.cms_periods
     if periods is None:
         fastest = min((period for period in tokens if period is not None), default=1)
         return [1 if period is None else round(period / fastest) for period in tokens]

@@ -120,16 +120,14 @@ class MultiFrequency(Optimizer):
                 if end:
                     self.accumulated.pop(p, None)
                 elif p.grad is not None:
-                    self.accumulated[p] = self._sum(p)
+                    self.accumulated[p] = self._sum(p, p.grad)
         return loss
 
-    def _sum(self, p: torch.Tensor) -> torch.Tensor:
-        """With this step's gradient; in place where there is a sum. Many small numbers are lost on one in half precision."""
-        wide = p.grad.to(torch.promote_types(p.dtype, torch.float32))  # type: ignore[union-attr]
+    def _sum(self, p: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """With this step's gradient. Many small numbers are lost on a sum in half precision."""
         found = self.accumulated.get(p)
-        if found is None:
-            return wide.clone() if wide is p.grad else wide
-        return found.add_(wide)
+        wide = torch.promote_types(p.dtype, torch.float32)
+        return gradient.to(wide, copy=True) if found is None else found.add_(gradient)
 
     def _total(self, group: dict[str, Any], p: torch.Tensor) -> torch.Tensor | None:
         """What the wrapped optimizer gets of a period that ends."""

@@ -589,6 +589,22 @@ def test_impossible_options_are_named(kind, options, names):
     assert len(optimizer.param_groups) == 1
 
 
+class Sharded(torch.Tensor):
+    """A tensor that is not all there, as DTensor's."""
+
+
+def test_parts_of_a_parameter_are_refused_where_all_of_it_is_needed():
+    layer = nn.Linear(3, 2, bias=False)
+    layer.weight = nn.Parameter(torch.ones(2, 3).as_subclass(Sharded))
+    with pytest.raises(ValueError, match=r"`0.weight` is sharded"):
+        DeltaGradientDescent(layer.parameters(), nn.Sequential(layer))
+    layer.weight.grad = torch.ones(2, 3).as_subclass(Sharded)
+    with pytest.raises(ValueError, match="some are sharded"):
+        DeepMomentum(layer.parameters()).step()
+    for kind in (DeltaMomentum, M3):
+        kind(layer.parameters()).step()
+
+
 def test_impossible_wrappings_are_named():
     params = parameters()
     for arguments, options, names in (
@@ -744,6 +760,14 @@ def test_averages_stay_bounded_where_sums_grow():
 
     sizes, distances = train("ema", 2000)
     assert max(sizes) < 10 * sizes[0] + 10 and max(distances[1000:]) < 1.0
+    whole, small = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
+    for params, scale in ((whole, 1.0), (small, 1e-4)):
+        optimizer = M3(params, lr=0.05, ns_dtype=torch.float32)
+        for step in range(15):
+            give_gradients(params, step, scale)
+            optimizer.step()
+    for a, b in zip(whole, small, strict=True):  # its step does not depend on the loss's scale
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     sizes, distances = train("literal", 1000)
     assert sizes[-1] > 100 * sizes[0] and sizes[-1] > 1.9 * sizes[499]
     assert distances[499] - distances[999] < 0.7 * (distances[0] - distances[499])
