@@ -1,14 +1,11 @@
 """Transformers' own Trainer, unchanged: every way to lay out a batch is one gradient, and a run goes on where it ended."""
 
 import copy
-import math
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
-
-from modeling_hope import HopeForCausalLM
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from .conftest import FAMILIES, random_ids, tiny_model
 
