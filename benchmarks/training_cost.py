@@ -3,7 +3,7 @@ What a training step costs: time, and activations kept for the backward pass, by
 
     python -m modeling_hope.benchmarks.training_cost [--layers N] [--hidden N] [--period N] [--segments N [N ...]]
 
-A small model with random weights, one level that learns, batches of one row. Kept activations are counted by autograd's hooks for
+A small model with random weights and attention, one level that learns, batches of one row. Kept activations are counted by autograd's hooks for
 saved tensors: the most bytes at any time, each storage once, parameters left out. What `second_order` keeps beyond
 `first_order` is bounded by `cms_max_backprop_updates`, however long the text is.
 """
@@ -76,7 +76,8 @@ def measure(fields: dict[str, Any], mode: dict[str, Any], tokens: int, repeats: 
     torch.manual_seed(0)
     model = HopeForCausalLM(HopeConfig(**fields, **mode)).train()
     ids = torch.randint(model.config.vocab_size, (1, tokens))
-    with KeptActivations(model) as kept:
+    kept = KeptActivations(model)
+    with kept:
         step(model, ids)
     seconds = []
     for _ in range(repeats):
@@ -88,10 +89,10 @@ def measure(fields: dict[str, Any], mode: dict[str, Any], tokens: int, repeats: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument(
-        "--period", type=int, default=32, help="tokens of a segment, after each of which a level updates"
+        "--period", type=int, default=16, help="tokens of a segment, after each of which a level updates"
     )
     parser.add_argument("--segments", type=int, nargs="+", default=[4, 8, 16, 32], help="lengths of the text")
     parser.add_argument("--repeats", type=int, default=3)
@@ -103,6 +104,8 @@ def main() -> None:
         "hidden_size": arguments.hidden,
         "num_hidden_layers": arguments.layers,
         "num_attention_heads": 4,
+        "layer_types": ["sliding_attention"] * arguments.layers,
+        "sliding_window": 4 * arguments.period,
         "cms_periods": [arguments.period, None],
         "cms_learning_rates": [0.1, 0.0],
     }
