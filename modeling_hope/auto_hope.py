@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .cache_hope import HopeCache
 from .configuration_hope import HopeConfig
@@ -38,6 +39,9 @@ AUTO_MAP = {
     auto_class.__name__: f"auto_hope.{hope_class.__name__}"
     for auto_class, hope_class in {AutoConfig: HopeConfig, **AUTO_CLASSES}.items()
 }
+
+# `Trainer` shifts labels for label smoothing where a class bears one of these names; registering adds none.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HopeConfig.model_type] = HopeForCausalLM.__name__
 
 __all__ = [
     "AUTO_CLASSES",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -154,11 +155,19 @@ class HopePreTrainedModel(PreTrainedModel):
         """The memory that was saved in a directory: `HopeCache.from_pretrained(directory, model=model)`."""
         return HopeCache.from_pretrained(directory, model=self)
 
+    def _learns(self, learn: str | None) -> bool:
+        if learn is not None:
+            return learn != "off"
+        return self.config.cms_training != "static" if self.training else self.config.cms_learning
+
 
 class HopeModel(HopePreTrainedModel):
     """
     The decoder without a head. It reads with what a memory has learned, but learns nothing itself, having no next-token
     loss to learn from.
+
+    That of a `HopeForCausalLM` gives, where no memory is given or wanted, the hidden states of the language model's own
+    call, which learns: trainers that compute losses from hidden states, as TRL's do, train what they are asked to.
     """
 
     layers: Sequence[HopeDecoderLayer]
@@ -178,6 +187,7 @@ class HopeModel(HopePreTrainedModel):
         )
         self.norm = make_norm(config)
         self.rotary_emb = HopeRotaryEmbeddings(config)
+        self.decoder_of: weakref.ref[HopeForCausalLM] | None = None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -227,11 +237,13 @@ class HopeModel(HopePreTrainedModel):
             "past_key_values": past_key_values,
             "inputs_embeds": inputs_embeds,
         }
-        if past_key_values is None and not use_cache:
+        if past_key_values is not None or use_cache:
+            output = self._read_on(given, *wanted)
+        elif (whole := self._learner(learn)) is not None:
+            output = whole.read_hidden(given, *wanted)
+        else:
             inputs = Inputs(self.config, **given)
             output = self._output(inputs, self.read_alone(inputs, *wanted))
-        else:
-            output = self._read_on(given, *wanted)
         return output.to_tuple() if self._as_tuple(return_dict) else output
 
     def read_alone(self, inputs: Inputs, hidden_states: bool, attentions: bool) -> CallOutput:
@@ -285,6 +297,16 @@ class HopeModel(HopePreTrainedModel):
             hidden_states=inputs.unpack_states(reading.hidden_states),
             attentions=inputs.unpack_attentions(reading.attentions),
         )
+
+    def _learner(self, learn: str | None) -> HopeForCausalLM | None:
+        """The language model that this is the decoder of, where its call would learn."""
+        if learn is not None or self.decoder_of is None or not self.config.learning_levels:
+            return None
+        return self.decoder_of() if self._learns(learn) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is the decoder of a copied language model, which says so itself.
+        return {**self.__dict__, "decoder_of": None}
 
     def _as_tuple(self, return_dict: bool | None) -> bool:
         return not (self.config.return_dict if return_dict is None else return_dict)
@@ -360,11 +382,16 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
     def __init__(self, config: HopeConfig):
         super().__init__(config)
         self.model = HopeModel(config)
+        self.model.decoder_of = weakref.ref(self)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # Marked as derived, it would lose `learn` when it is loaded.
         self.generation_config._from_model_config = False
         self.post_init()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.model.decoder_of = weakref.ref(self)
 
     def forward(
         self,
@@ -452,30 +479,43 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         inputs = Inputs(self.config, **given)
+        returned = inputs.memory is not None or (use_cache and not inputs.several)
+        stream, runs = self._runs(inputs, learns, returned, inputs.wants_all_logits, hidden_states, attentions)
+        head = self.head if inputs.wants_all_logits else None
+        output = self._output(inputs, stream.reading(runs, hidden_states, attentions, head), **kwargs)
+        output.past_key_values = stream.close() if returned else None
+        return output
+
+    @with_memory
+    def read_hidden(self, given: dict[str, Any], hidden_states: bool, attentions: bool) -> BaseModelOutputWithPast:
+        """What the decoder gives in a call that has no memory, keeps none and learns."""
+        inputs = Inputs(self.config, **given)
+        stream, runs = self._runs(inputs, True, False, False, hidden_states, attentions)
+        return self.model._output(inputs, stream.reading(runs, hidden_states, attentions))
+
+    def _runs(
+        self, inputs: Inputs, learns: bool, keep: bool, keep_logits: bool, hidden_states: bool, attentions: bool
+    ) -> tuple[Stream, list[Run]]:
         stream = Stream(self.model, inputs)
         stream.head_of = self
         stream.mark(learns, inputs.learn_mask)
         learns = stream.learns()
         if attentions and learns:
             raise ValueError("`output_attentions` needs a call in which nothing is learned: give learn='off'.")
-        returned = inputs.memory is not None or (use_cache and not inputs.several)
-        head = self.head if inputs.wants_all_logits else None
-        stream.keep = returned or learns
+        stream.keep = keep or learns
         runs: list[Run] = []
         while not runs or not stream.finished:
             stretches = stream.stretches()
             learning = [row for row, stretch in enumerate(stretches) if stretch.learn]
             reading = [row for row, stretch in enumerate(stretches) if not stretch.learn]
             if learning:
-                runs.append(stream.learn(learning, stretches, self.head, inputs.wants_all_logits, hidden_states))
+                runs.append(stream.learn(learning, stretches, self.head, keep_logits, hidden_states))
             if any(stretches[row].length for row in reading) or not learning:
                 runs.append(stream.read(reading, stretches, hidden_states, attentions))
             stream.act()
         if attentions and len(runs) > 1:
             raise ValueError(TWO_RUNS)
-        output = self._output(inputs, stream.reading(runs, hidden_states, attentions, head), **kwargs)
-        output.past_key_values = stream.close() if returned else None
-        return output
+        return stream, runs
 
     def _output(self, inputs: Inputs, reading: CallOutput, **kwargs: Any) -> CausalLMOutputWithPast:
         packing, kept, loss = inputs.packing, inputs.logits_to_keep, None
@@ -513,11 +553,6 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         return self.loss_function(
             logits=logits.contiguous(), labels=labels, vocab_size=self.config.vocab_size, **kwargs
         )
-
-    def _learns(self, learn: str | None) -> bool:
-        if learn is not None:
-            return learn != "off"
-        return self.config.cms_training != "static" if self.training else self.config.cms_learning
 
 
 def check_options(options: dict[str, Any], documents: bool) -> None:

@@ -106,7 +106,7 @@ def test_no_graph_reads_past_the_last_position():
 def test_all_that_can_be_asked_of_a_call_is_in_the_graph():
     model, ids = tiny_model(**ATTENTION), random_ids(2, 12)
     model.set_attn_implementation("eager")
-    asked = {"use_cache": False, "output_hidden_states": True, "output_attentions": True, "attention_mask": padded()}
+    asked = {**STATIC, "output_hidden_states": True, "output_attentions": True, "attention_mask": padded()}
     with torch.no_grad():
         expected, output = model.model(ids, **asked), graph_of(model.model)[0](ids, **asked)
         torch.testing.assert_close(tuple(output.hidden_states), tuple(expected.hidden_states))

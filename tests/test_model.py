@@ -341,6 +341,18 @@ def test_the_base_model_reads_with_a_memory_but_does_not_learn():
     assert output.past_key_values is waiting and waiting.columns == 11
 
 
+@pytest.mark.usefixtures("family")
+def test_the_decoder_without_a_memory_gives_what_its_language_model_learns(tmp_path):
+    model, ids = tiny_model(), random_ids(2, 18)
+    torch.save(model, tmp_path / "model.pt")
+    for each in (model, copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        for learn in (None, "off"):
+            hidden = each.model(ids, use_cache=False, learn=learn).last_hidden_state
+            torch.testing.assert_close(each.head(hidden), model(ids, learn=learn).logits, rtol=1e-9, atol=1e-9)
+    alone = copy.deepcopy(model.model)  # of no language model
+    assert torch.equal(alone(ids, use_cache=False)[0], model.model(ids, use_cache=False, learn="off")[0])
+
+
 @pytest.mark.parametrize("side", ["left", "right", "middle"])
 def test_the_loss_does_not_depend_on_padding(side):
     model, ids = tiny_model(dtype=torch.float32), random_ids(1, 8)

@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from modeling_hope import HopeCache
+from modeling_hope.benchmarks.training_cost import KeptActivations
 
 from .conftest import random_ids, tiny_model
 
@@ -140,3 +141,16 @@ def test_calls_are_cut_apart_and_nothing_is_held():
         output.loss.backward()
         memory = output.past_key_values
         assert not any(tensor.requires_grad for tensor in memory.tensors().values())
+
+
+def test_what_it_keeps_beyond_first_order_is_bounded():
+    def kept(updates, segments):
+        model = second_order(cms_periods=[4, None], cms_learning_rates=[0.7, 0.0], cms_max_backprop_updates=updates)
+        kept = KeptActivations(model)
+        with kept:
+            loss_of(model, random_ids(1, 4 * segments)).backward()
+        return kept.peak
+
+    beyond = {updates: [kept(updates, n) - kept(0, n) for n in (4, 8, 16)] for updates in (2, None)}
+    assert beyond[2][0] > 0 and beyond[2][2] - beyond[2][1] < 0.1 * (beyond[None][2] - beyond[None][1])
+    assert beyond[None][2] > 1.8 * beyond[None][1] > 3 * beyond[None][0]
