@@ -68,6 +68,9 @@ class HopeContinuumMemory(nn.Module):
     def forward(self, x: torch.Tensor, weights: dict[int, LevelWeights] | None = None) -> torch.Tensor:
         """`[batch, width, hidden_size]` to the same; `weights` by level, for the levels whose rows differ."""
         weights, multiplier = weights or {}, self.config.residual_multiplier
+        if self.log_learning_rates is not None and self.training and self.config.cms_training == "second_order":
+            # With a gradient of zero where no update uses them: sharded processes reduce what any of them has together.
+            x = x + 0 * self.log_learning_rates.sum()
         if self.aggregation is not None:
             normed = self.norms[0](x)
             outputs = [level(normed, weights.get(level.level)) for level in self.levels]
