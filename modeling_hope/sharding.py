@@ -10,7 +10,7 @@ layer. DDP, and ZeRO's stages 1 and 2, act on gradients that are accumulated, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,6 +89,16 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
             for unit, state in taken:
                 state._training_state = TrainingState.IDLE
                 unit.reshard()
+
+
+def in_every_gradient(x: torch.Tensor, parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """
+    `x`, with a gradient of zero for parameters that it may not depend on.
+
+    Processes reduce their gradients together, and wait for each other where one has none for a parameter: whether it has
+    must not turn on what its rows hold.
+    """
+    return x + 0 * sum(p.flatten()[0].to(x.dtype) for p in parameters if p.requires_grad)
 
 
 def _units(model: nn.Module) -> list[Any]:

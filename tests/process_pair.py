@@ -8,7 +8,7 @@ import torch
 from torch import multiprocessing
 
 
-PATIENCE = 120  # seconds; processes that wait for each other for ever have failed
+PATIENCE = 60  # seconds; processes that wait for each other for ever have failed
 
 
 class ProcessPair:
