@@ -1,0 +1,110 @@
+"""What the processes of a `ProcessPair` do, and one process alone."""
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from modeling_hope import HopeConfig, HopeForCausalLM
+
+from .conftest import random_ids
+
+
+LAUNCH = Path(__file__).parent.parent / "training" / "launch"
+# Documents to be read by one process while the other reads its neighbour.
+LENGTHS = [27, 3, 2, 21, 9, 10, 18, 1]
+
+
+def build(fields, seed=0):
+    torch.manual_seed(seed)
+    return HopeForCausalLM(HopeConfig(**fields)).double()
+
+
+def launched(name, **changes):
+    """The environment that `accelerate launch --config_file` gives its processes, but for mixed precision."""
+    command = ["--config_file", str(LAUNCH / f"{name}.yaml"), "--mixed_precision", "no", "train.py"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    environment = prepare_multi_gpu_env(arguments)
+    taken = {name: value for name, value in environment.items() if name.startswith(("FSDP_", "ACCELERATE_"))}
+    return taken | changes
+
+
+class Documents(torch.utils.data.Dataset):
+    def __len__(self):
+        return len(LENGTHS)
+
+    def __getitem__(self, index):
+        return random_ids(1, LENGTHS[index], seed=index)[0]
+
+
+def padded(documents):
+    width = max(map(len, documents))
+    ids, labels = torch.zeros(len(documents), width, dtype=torch.int64), torch.full((len(documents), width), -100)
+    for row, document in enumerate(documents):
+        ids[row, : len(document)] = labels[row, : len(document)] = document
+    return {"input_ids": ids, "labels": labels, "attention_mask": (labels >= 0).long()}
+
+
+class Losses(TrainerCallback):
+    def __init__(self):
+        self.losses, self.norms, self.evaluated = [], [], []
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "grad_norm" in logs:
+            self.losses.append(logs["loss"])
+            self.norms.append(float(logs["grad_norm"]))
+        if "eval_loss" in logs:
+            self.evaluated.append(logs["eval_loss"])
+
+
+def train(rank, directory, fields, environment=None, resume=None, steps=4, **options):
+    """
+    Let a `Trainer` train a small model on documents of very different lengths.
+
+    Args:
+        rank: `None` for one process, which reads each two processes' documents in a batch.
+        environment: as `accelerate launch` sets it.
+
+    Returns:
+        Losses and gradient norms by step, the losses of evaluations, the parameters at the end.
+    """
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+    before = dict(os.environ)
+    os.environ.update(environment or {})
+    try:
+        return _train(rank, directory, fields, resume, steps, options)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _train(rank, directory, fields, resume, steps, options):
+    set_seed(0)
+    PartialState(cpu=True)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # Accelerate shards where there are several accelerators, and takes several CPUs for another matter.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    watch = Losses()
+    arguments = TrainingArguments(
+        directory, use_cpu=True, max_steps=steps, per_device_train_batch_size=2 if rank is None else 1,
+        per_device_eval_batch_size=2 if rank is None else 1, optim="sgd", learning_rate=0.1,
+        lr_scheduler_type="constant", logging_steps=1, disable_tqdm=True, report_to=[], log_level="error",
+        train_sampling_strategy="sequential", ddp_backend=None if rank is None else "gloo", **{"save_strategy": "no", **options},
+    )  # fmt: skip
+    model = build(fields)
+    trainer = Trainer(
+        model, arguments, train_dataset=Documents(), eval_dataset=Documents(), data_collator=padded, callbacks=[watch]
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    parameters = {
+        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        for name, p in trainer.model.named_parameters()
+    }
+    return watch.losses, watch.norms, watch.evaluated, parameters

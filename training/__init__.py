@@ -1,0 +1,1 @@
+"""What Hope is trained on, and how."""
