@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -9,6 +10,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from modeling_hope import HopeConfig, HopeForCausalLM
@@ -51,6 +53,16 @@ def padded(documents):
     return {"input_ids": ids, "labels": labels, "attention_mask": (labels >= 0).long()}
 
 
+class Trained(NamedTuple):
+    """Losses and gradient norms by step, losses of evaluations, parameters at the end and how many are sharded."""
+
+    losses: list[float]
+    norms: list[float]
+    evaluated: list[float]
+    parameters: dict[str, torch.Tensor]
+    sharded: int
+
+
 class Losses(TrainerCallback):
     def __init__(self):
         self.losses, self.norms, self.evaluated = [], [], []
@@ -63,48 +75,47 @@ class Losses(TrainerCallback):
             self.evaluated.append(logs["eval_loss"])
 
 
-def train(rank, directory, fields, environment=None, resume=None, steps=4, **options):
+def train(rank, directory, fields, environment=None, resume=None, steps=4, checkpointing=False, **options):
     """
     Let a `Trainer` train a small model on documents of very different lengths.
 
     Args:
         rank: `None` for one process, which reads each two processes' documents in a batch.
         environment: as `accelerate launch` sets it.
-
-    Returns:
-        Losses and gradient norms by step, the losses of evaluations, the parameters at the end.
     """
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
     before = dict(os.environ)
     os.environ.update(environment or {})
     try:
-        return _train(rank, directory, fields, resume, steps, options)
+        return _train(rank, directory, fields, resume, steps, checkpointing, options)
     finally:
         os.environ.clear()
         os.environ.update(before)
 
 
-def _train(rank, directory, fields, resume, steps, options):
+def _train(rank, directory, fields, resume, steps, checkpointing, options):
     set_seed(0)
-    PartialState(cpu=True)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        # Accelerate shards where there are several accelerators, and takes several CPUs for another matter.
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     watch = Losses()
     arguments = TrainingArguments(
         directory, use_cpu=True, max_steps=steps, per_device_train_batch_size=2 if rank is None else 1,
-        per_device_eval_batch_size=2 if rank is None else 1, optim="sgd", learning_rate=0.1,
+        per_device_eval_batch_size=2 if rank is None else 1, learning_rate=0.1,
         lr_scheduler_type="constant", logging_steps=1, disable_tqdm=True, report_to=[], log_level="error",
-        train_sampling_strategy="sequential", ddp_backend=None if rank is None else "gloo", **{"save_strategy": "no", **options},
+        train_sampling_strategy="sequential", ddp_backend=None if rank is None else "gloo", **{"optim": "sgd", "save_strategy": "no", **options},
     )  # fmt: skip
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # Accelerate shards where there are several accelerators, and takes several CPUs for another matter.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     model = build(fields)
     trainer = Trainer(
         model, arguments, train_dataset=Documents(), eval_dataset=Documents(), data_collator=padded, callbacks=[watch]
     )
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     trainer.train(resume_from_checkpoint=resume)
     parameters = {
         name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
         for name, p in trainer.model.named_parameters()
     }
-    return watch.losses, watch.norms, watch.evaluated, parameters
+    sharded = sum(isinstance(p, DTensor) for p in trainer.model.parameters())
+    return Trained(watch.losses, watch.norms, watch.evaluated, parameters, sharded)
