@@ -45,14 +45,16 @@ def check_sharding(model: nn.Module) -> None:
 
     It is called before anything is read; recipes may call it once the model is prepared.
     """
-    # DeepSpeed leaves its mark on every parameter.
-    if hasattr(next(model.parameters()), "ds_id"):
+    # Both leave their marks on parameters, and on modules.
+    parameter = next(model.parameters())
+    if hasattr(parameter, "ds_id"):
         raise ValueError(NOT_BY_ZERO3)
     if not _distributed():
         return
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+    units = (isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    if hasattr(parameter, "_fsdp_flattened") or any(units):
         raise ValueError(NOT_BY_FSDP1)
 
 

@@ -4,16 +4,20 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from modeling_hope import HopeConfig, HopeForCausalLM
+from modeling_hope.modeling_hope import HopeDecoderLayer
 
 from .conftest import random_ids
 
@@ -119,3 +123,44 @@ def _train(rank, directory, fields, resume, steps, checkpointing, options):
     }
     sharded = sum(isinstance(p, DTensor) for p in trainer.model.parameters())
     return Trained(watch.losses, watch.norms, watch.evaluated, parameters, sharded)
+
+
+def sharded_calls(rank, fields):
+    """Logits of calls in turn with one training step between, the model sharded unless `rank` is `None`."""
+    model = build(fields)
+    if rank is not None:
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ids, found, memory = random_ids(1, 21), {}, model.new_memory()
+    with torch.no_grad():
+        found["evaluated"] = model.eval()(ids, use_cache=False).logits
+        # Whatever the other process does: it reads less.
+        model(ids[:, : 10 if rank != 1 else 1], past_key_values=memory)
+    with pytest.raises(ValueError, match="attention_mask"):
+        model.train()(ids, attention_mask=torch.ones(1, 99), use_cache=False)
+    model.train()(ids, use_cache=False).logits.square().mean().backward()
+    optimizer.step()
+    with torch.no_grad():
+        found["read on"] = model.eval()(ids[:, 10:], past_key_values=memory).logits
+        found["static"] = model(ids, use_cache=False, learn="off").logits
+        found["bare"] = model.train()(ids, use_cache=False).logits
+    return found
+
+
+def sharded_otherwise(rank, fields):
+    """How a step that learns is refused: the layers alone sharded by FSDP2, and the model by FSDP1."""
+    layers = build(fields)
+    for layer in layers.model.layers:
+        fully_shard(layer)
+    models, by_layer = [layers], {"auto_wrap_policy": ModuleWrapPolicy([HopeDecoderLayer])}
+    for options in ({}, by_layer, {"use_orig_params": True, **by_layer}):
+        models.append(FullyShardedDataParallel(build(fields), device_id=torch.device("cpu"), **options))
+    return [_refusal(model) for model in models]
+
+
+def _refusal(model):
+    with pytest.raises(ValueError) as refusal:
+        model.train()(random_ids(1, 9), use_cache=False)
+    return str(refusal.value)

@@ -59,5 +59,5 @@ def _work(rank, port, pipe):
             return
         try:
             pipe.send(job(rank, **arguments))
-        except Exception:
+        except BaseException:  # pytest.fail is none
             pipe.send(traceback.format_exc())

@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import merge_fsdp_weights
 
-from .conftest import FAMILIES, TINY
-from .distributed_jobs import launched, train
+from modeling_hope import HopeConfig, HopeForCausalLM
+
+from .conftest import FAMILIES, TINY, random_ids
+from .distributed_jobs import LAUNCH, build, launched, sharded_calls, sharded_otherwise, train
 from .process_pair import ProcessPair
 
 
@@ -70,3 +74,61 @@ LEARNED_RATES = {"cms_learn_rates": True, "cms_periods": [4, 8], "cms_learning_r
 )
 def test_same_with_options(pair, tmp_path, family, training, fields, options, launch):
     assert_same_training(pair, tmp_path, fields_of(family, training, **fields), launch, **options)
+
+
+@pytest.mark.parametrize(
+    ("launch", "saved"), [("ddp", None), ("fsdp2", "FULL_STATE_DICT"), ("fsdp2", "SHARDED_STATE_DICT")]
+)
+def test_checkpoints_go_on_and_load_anywhere(pair, tmp_path, launch, saved):
+    fields = fields_of("attention", "first_order")
+    environment = launched(launch, **({"FSDP_STATE_DICT_TYPE": saved} if saved else {}))
+    options = {"fields": fields, "environment": environment, "optim": "adamw_torch", "save_steps": 2}
+    options |= {"save_strategy": "steps", "directory": str(tmp_path)}
+    straight = run(pair, **options)[0]
+    resumed = run(pair, **options, resume=str(tmp_path / "checkpoint-2"))[0]
+    assert resumed.losses == pytest.approx(straight.losses[2:], abs=2e-4)
+    folder = tmp_path / "checkpoint-4"
+    if saved == "SHARDED_STATE_DICT":
+        merge_fsdp_weights(str(folder / "pytorch_model_fsdp_0"), str(tmp_path / "merged"))
+        folder = tmp_path / "merged"
+        HopeConfig(**fields).save_pretrained(folder)
+    model = HopeForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, straight.parameters[name], rtol=0, atol=0)
+        torch.testing.assert_close(resumed.parameters[name], straight.parameters[name], rtol=1e-9, atol=1e-12)
+
+
+def test_calls_around_training_of_sharded_models(pair):
+    """A memory read on, an evaluation that learns, a call that fails; other ways to shard are refused."""
+    answers = pair.run(sharded_calls, fields=fields_of("hybrid", "first_order"))
+    expected = sharded_calls(None, fields_of("hybrid", "first_order"))
+    assert not isinstance(answers[0], str), answers[0]
+    assert answers[0].keys() == expected.keys()
+    for name, logits in expected.items():
+        torch.testing.assert_close(answers[0][name], logits)
+    for refusals in pair.run(sharded_otherwise, fields=fields_of("hybrid", "first_order")):
+        assert "fully_shard(model)" in refusals[0] and len(refusals) == 4
+        assert all("FSDP1 gathers" in refusal for refusal in refusals[1:])
+
+
+def test_zero_3_is_refused_before_anything_is_read():
+    """DeepSpeed's mark stands in for it: the package is not needed."""
+    model = build(fields_of("hybrid", "first_order"))
+    for parameter in model.parameters():
+        parameter.ds_id = 0
+    memory = model.new_memory()
+    for options in ({"past_key_values": memory}, {"use_cache": False}):
+        with pytest.raises(ValueError, match=r"ZeRO-3 .* ZeRO-2 or FSDP2"):
+            model.train()(random_ids(1, 9), **options)
+    assert memory.seen == [0]
+    model.config.cms_training = "static"
+    model(random_ids(1, 9), use_cache=False)
+
+
+def test_launch_files_are_those_of_accelerate():
+    files = {path.stem: load_config_from_file(str(path)) for path in LAUNCH.glob("*.yaml")}
+    assert {name: str(file.distributed_type.value) for name, file in files.items()} == {
+        "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"
+    }  # fmt: skip
+    assert [files[name].deepspeed_config["zero_stage"] for name in ("zero2", "zero3")] == [2, 3]
+    assert files["fsdp2"].fsdp_config["fsdp_version"] == 2
