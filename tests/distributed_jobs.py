@@ -79,7 +79,7 @@ class Losses(TrainerCallback):
             self.evaluated.append(logs["eval_loss"])
 
 
-def train(rank, directory, fields, environment=None, resume=None, steps=4, checkpointing=False, **options):
+def train(rank, directory, fields, environment=None, resume=None, steps=3, checkpointing=False, **options):
     """
     Let a `Trainer` train a small model on documents of very different lengths.
 

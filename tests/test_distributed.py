@@ -82,7 +82,7 @@ def test_same_with_options(pair, tmp_path, family, training, fields, options, la
 def test_checkpoints_go_on_and_load_anywhere(pair, tmp_path, launch, saved):
     fields = fields_of("attention", "first_order")
     environment = launched(launch, **({"FSDP_STATE_DICT_TYPE": saved} if saved else {}))
-    options = {"fields": fields, "environment": environment, "optim": "adamw_torch", "save_steps": 2}
+    options = {"fields": fields, "environment": environment, "optim": "adamw_torch", "save_steps": 2, "steps": 4}
     options |= {"save_strategy": "steps", "directory": str(tmp_path)}
     straight = run(pair, **options)[0]
     resumed = run(pair, **options, resume=str(tmp_path / "checkpoint-2"))[0]
