@@ -5,7 +5,7 @@ A call that learns takes gradients on its way, as often as its rows have segment
 So nothing that waits for the other processes may happen within it: FSDP2's weights are made whole once, before the first
 run, and are sharded again, with one reduction of their gradients, when the outer backward pass is done. The optimizer's
 state, the master weights and what lies between two steps stay sharded. Calls that do not learn are FSDP2's own, layer by
-layer. DDP, and ZeRO's stages 1 and 2, act on gradients that are accumulated, and learning accumulates none.
+layer. DDP acts on gradients that are accumulated, and learning accumulates none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WAITS = (
     "for ever."
 )
 NOT_BY_ZERO3 = (
-    f"DeepSpeed ZeRO-3 {WAITS} Use ZeRO-2 or FSDP2, or train with cms_training='static' and use_cache=False and evaluate "
+    f"DeepSpeed ZeRO-3 {WAITS} Use FSDP2, or train with cms_training='static' and use_cache=False and evaluate "
     "with cms_learning=False."
 )
 NOT_BY_FSDP1 = f"FSDP1 {WAITS} Use FSDP2: `fsdp_version: 2` in Accelerate's configuration."
