@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 from .configuration_hope import HopeConfig
 from .fast_weights import LevelWeights
 from .norm import add, norms_around
+from .sharding import in_every_gradient
 from .slow_weights import check_on_device
 
 
@@ -68,6 +69,8 @@ class HopeContinuumMemory(nn.Module):
     def forward(self, x: torch.Tensor, weights: dict[int, LevelWeights] | None = None) -> torch.Tensor:
         """`[batch, width, hidden_size]` to the same; `weights` by level, for the levels whose rows differ."""
         weights, multiplier = weights or {}, self.config.residual_multiplier
+        if self.log_learning_rates is not None and self.training and self.config.cms_training == "second_order":
+            x = in_every_gradient(x, [self.log_learning_rates])  # updates may use them, or not
         if self.aggregation is not None:
             normed = self.norms[0](x)
             outputs = [level(normed, weights.get(level.level)) for level in self.levels]

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from .cache_hope import HopeCache
 from .configuration_hope import HopeConfig
 from .fast_weights import LevelMemory, LevelWeights, Tensors, learning_weights, reading_weights
+from .sharding import is_sharded
 from .slow_weights import check_gradients
 from .stream_record import LOSSES_KEPT, StreamRecord
 
@@ -85,6 +86,8 @@ def run_weights(
     """
     maps = model.config.learned_maps
     record = model.config.cms_optimizer == "dgd"
+    # Weights gathered anew, with other numbers, may lie where the last ones lay, and no version would tell.
+    merge = constant and not is_sharded(model)
     learning = model.config.learning_levels if learn else []
     if learn:
         check_gradients(model)
@@ -94,8 +97,8 @@ def run_weights(
         for level, memories in cache_layer.levels.items():
             mlp, chosen = decoder_layer.cms.level(level), [memories[row] for row in rows]
             if level in learning:
-                used[level] = learning_weights(mlp, chosen, maps, merge=constant, record=record, connected=connected)
-            elif (weights := reading_weights(mlp, chosen, maps, merge=constant)) is not None:
+                used[level] = learning_weights(mlp, chosen, maps, merge=merge, record=record, connected=connected)
+            elif (weights := reading_weights(mlp, chosen, maps, merge=merge)) is not None:
                 used[level] = weights
         run.append(used)
     return run

@@ -30,6 +30,7 @@ from .memory_chunk import (
 from .memory_rule import LOGIT_GAIN, Maps, Rule
 from .mixer_state import MixerState
 from .norm import HopeRMSNorm
+from .sharding import in_every_gradient
 
 
 CONV_WIDTH = 4
@@ -268,6 +269,9 @@ class SelfModifyingMemory(nn.Module):
                 new_state = self._state(weights, open_part, tail)
             read_out = self.output_norm(plan.new_part(read_out))
         output = self.o_proj(read_out.flatten(2).to(gate.dtype) * gate)
+        if self.training and plan.columns <= plan.size:
+            # Nothing that is written here is read here.
+            output = in_every_gradient(output, self.parameters())
         return output, new_state, None
 
     def empty_state(self, batch: int, like: torch.Tensor) -> MemoryState:

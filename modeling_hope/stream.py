@@ -26,6 +26,7 @@ from .learning import (
     to_last_segment,
 )
 from .mixer_state import MixerState
+from .sharding import whole_weights
 from .stream_record import NO_TOKEN
 
 
@@ -44,20 +45,22 @@ NOT_COMPILED = (
 
 def with_memory(read: F) -> F:
     """
-    Run `read`, which works with a memory, outside of compiled graphs and of inference mode.
+    Run `read`, a model's method that works with a memory, outside of compiled graphs and of inference mode, with the
+    model's weights whole.
 
     Tensors made in inference mode can never take part in a gradient, and a memory's tensors have to: a segment may end
     in a later call. There `read` runs as under `no_grad`.
     """
 
     @wraps(read)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def wrapped(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_exporting():
             raise ValueError(NOT_COMPILED)
         if not torch.is_inference_mode_enabled():
-            return read(*args, **kwargs)
-        with torch.inference_mode(False), torch.no_grad():
-            return read(*args, **kwargs)
+            with whole_weights(model):
+                return read(model, *args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad(), whole_weights(model):
+            return read(model, *args, **kwargs)
 
     return torch.compiler.disable(wrapped, reason=NOT_COMPILED)
 
