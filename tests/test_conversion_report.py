@@ -99,10 +99,11 @@ def test_a_model_s_own_generation_config_changes_nothing_and_nothing_is_printed(
             eos_token_id=list(range(3, 30)), num_beams=2, max_length=9, return_dict_in_generate=True,
         )  # fmt: skip
     kept = [model.generation_config.to_dict() for model in (source, hope)]
+    bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_info()
     try:
         assert compare(lambda: source, lambda: hope) == plain and plain.greedy_agreement == 64
-        assert logging.get_verbosity() == logging.INFO and logging.is_progress_bar_enabled()
+        assert logging.get_verbosity() == logging.INFO and logging.is_progress_bar_enabled() == bars
     finally:
         logging.set_verbosity_warning()
     assert kept == [model.generation_config.to_dict() for model in (source, hope)]
