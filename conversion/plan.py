@@ -79,14 +79,15 @@ class ConversionPlan:
         wanted = {route.source: route for route in routes}
         infos, prefix = self.source.infos(), self.family.prefix
         found, unneeded = {}, {}
-        known = wanted.keys() | self._tied_heads()
+        tied = self._tied_heads()
+        known = wanted.keys() | tied
         for name, info in infos.items():
             full = self.family.canonical(name)
             if full not in known and not self.family.ignores(full):
                 full = prefix + name
             if self.family.ignores(full):
                 unneeded[name] = "Hope computes it"
-            elif full not in wanted and full in self._tied_heads():
+            elif full not in wanted and full in tied:
                 unneeded[name] = TIED
             elif full not in wanted:
                 raise ValueError(f"`source` tensor {name!r} has no place in a Hope model.")

@@ -152,7 +152,9 @@ def gradients(
     """
     Gradient of each row's segment loss with respect to its own changes: by layer, level, row and map.
 
-    `connected`: for each row, the levels whose gradients keep their graph. `dgd` adds the gradient of 1/2 |W x|^2, x the input of a pair held constant (Eq. 57 summed over the segment).
+    `connected`: for each row, the levels whose gradients keep their graph.
+
+    `dgd` adds the gradient of 1/2 |W x|^2, x the input of a pair held constant (Eq. 57 summed over the segment).
     """
     traced = [
         tensor for layer in run for weights in layer.values() for row in weights.traced for tensor in row.values()
@@ -240,7 +242,8 @@ def _update(model: HopeModel, cache: HopeCache, row: int, level: int) -> None:
     scale: float | torch.Tensor = 1 / record.pairs[level]
     gathered = [g for index in places for g in cache.layers[index].levels[level][row].gradient.values()]
     squares = [gradient.norm().double().square() for gradient in gathered]
-    norm = scale * _total(squares) ** 0.5
+    length = _total(squares) ** 0.5
+    norm = scale * length
     if not math.isfinite(norm):
         # Each segment's gradient was finite, their sum is not.
         for index in places:
@@ -250,7 +253,7 @@ def _update(model: HopeModel, cache: HopeCache, row: int, level: int) -> None:
         return
     if config.cms_max_update_norm is not None and norm > config.cms_max_update_norm:
         connected = any(gradient.requires_grad for gradient in gathered)
-        scale = config.cms_max_update_norm / (_sum(squares) ** 0.5 if connected else norm / scale)
+        scale = config.cms_max_update_norm / (_sum(squares) ** 0.5 if connected else length)
     for index in places:
         memories = cache.layers[index].levels[level]
         cms = model.layers[index].cms
