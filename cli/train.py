@@ -1,0 +1,127 @@
+"""
+hope train: train a model from scratch, or go on with a checkpoint, by a recipe.
+
+A recipe is a YAML file, or the name of one that comes with the package; every flag below is a field of it and takes its
+place. The whole of it is printed, and saved with the run.
+
+    hope train smoke --out run
+    hope train ladder-2m --train corpus/train --validation corpus/validation --out run
+    hope train --continue converted --train corpus/train --validation corpus/validation --out run
+    hope train --out run --resume
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modeling_hope.training.recipe import SAVED, TrainingRecipe, read_recipe
+
+
+CONTINUE = "continue"  # the recipe of `--continue`
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train or fine-tune a model by a recipe",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("recipe", nargs="?", default=None, help="YAML file, or the name of a recipe that is packaged")
+    parser.add_argument(
+        "--continue", dest="continued", metavar="CHECKPOINT", default=None,
+        help="train on with learning on, from this checkpoint: the recipe `continue`, unless another is named",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume", action="store_true", default=False, help="go on with the run in --out, from its last checkpoint"
+    )
+    parser.add_argument("--dry-run", action="store_true", default=False, help="check the recipe, print it, and stop")
+    groups: dict[str, Any] = {}
+    hints = typing.get_type_hints(TrainingRecipe)
+    for field in dataclasses.fields(TrainingRecipe):
+        name = field.metadata["group"]
+        group = groups.setdefault(name, parser.add_argument_group(name))
+        add_field(group, field, hints[field.name])
+    parser.set_defaults(run=run, extra="train")
+
+
+def add_field(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
+    """A flag for a field of the recipe."""
+    flag, says = f"--{field.name.replace('_', '-')}", field.metadata["help"].replace("%", "%%")
+    default = field.default if field.default is not dataclasses.MISSING else None
+    if default not in (None, ""):
+        says += f" (default: {default})"
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    several = any(typing.get_origin(kind) is list for kind in kinds)
+    if bool in kinds:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=says)
+    elif any(typing.get_origin(kind) is dict for kind in kinds):
+        group.add_argument(flag, nargs="+", type=setting, metavar="KEY=VALUE", action=Settings, help=says)
+    else:
+        choices = field.metadata["choices"]
+        metavar = None if choices and len(choices) < 8 else field.name.upper().rsplit("_", 1)[-1]
+        options = {"choices": choices} if choices and metavar is None else {"metavar": metavar}
+        numeric = {int, float} & {*kinds, *(arg for kind in kinds for arg in typing.get_args(kind))}
+        group.add_argument(flag, nargs="+" if several else None, type=scalar if numeric else str, help=says, **options)
+
+
+def scalar(text: str) -> Any:
+    """A number, `none`, or a word, as YAML has them."""
+    return None if text == "none" else yaml.safe_load(text)
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """`"hidden_size=64"` to `("hidden_size", 64)`; the value is YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"{text!r}: give KEY=VALUE, e.g. hidden_size=64")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise argparse.ArgumentTypeError(f"{text!r}: the value is no YAML") from None
+
+
+class Settings(argparse.Action):
+    """Gathers KEY=VALUE pairs, of every time that the flag is given."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, {**getattr(namespace, self.dest, {}), **dict(values)})
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from modeling_hope.training.train import train
+
+    recipe = recipe_of(arguments)
+    if arguments.dry_run:
+        print(recipe.as_yaml().rstrip())
+        return
+    train(recipe, resume=arguments.resume)
+
+
+def recipe_of(arguments: argparse.Namespace) -> TrainingRecipe:
+    """The recipe that is named, with the flags that are given in the place of its fields; mappings are joined."""
+    flags = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(TrainingRecipe) if f.name in arguments}
+    fields: dict[str, Any] = {}
+    if arguments.resume and arguments.recipe is None and arguments.continued is None:
+        saved = Path(flags.get("out", "")) / SAVED
+        if "out" not in flags or not saved.is_file():
+            raise ValueError("`--resume` needs `--out DIR`, of a run that was begun.")
+        fields = read_recipe(saved)
+    elif arguments.recipe or arguments.continued:
+        fields = read_recipe(arguments.recipe or CONTINUE)
+    if arguments.continued:
+        if "model" in flags:
+            raise ValueError("`--continue` and `--model` both name a checkpoint: leave one out.")
+        fields["model"] = arguments.continued
+    for name, value in flags.items():
+        known = fields.get(name)
+        fields[name] = {**known, **value} if isinstance(value, dict) and isinstance(known, dict) else value
+    return TrainingRecipe.from_fields(fields)

@@ -1,0 +1,195 @@
+"""Transformers' Trainer, with what a run of ours has besides: optimizers by name, exact perplexities, the memory's figures."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainingArguments
+
+from modeling_hope import HopeForCausalLM
+from modeling_hope.optimizers import make_optimizer
+
+from .memory_figures import memory_figures
+from .recipe import TrainingRecipe
+from .rows import IGNORED, Row, Rows, collate, targets
+
+
+def training_arguments(recipe: TrainingRecipe, evaluates: bool) -> TrainingArguments:
+    """What the recipe says, as Transformers' own arguments."""
+    return TrainingArguments(
+        output_dir=recipe.out,
+        max_steps=recipe.steps or -1,
+        num_train_epochs=recipe.epochs or 1,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulate,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=recipe.warmup,
+        max_grad_norm=recipe.max_grad_norm,
+        label_smoothing_factor=recipe.label_smoothing,
+        bf16=recipe.dtype == "bfloat16",
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        eval_strategy="steps" if evaluates and recipe.evaluate_every else "no",
+        eval_steps=recipe.evaluate_every,
+        logging_steps=recipe.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if recipe.save_every else "no",
+        save_steps=recipe.save_every or 500,
+        save_total_limit=recipe.keep_checkpoints,
+        report_to=recipe.report_to or "none",
+        remove_unused_columns=False,
+        include_num_input_tokens_seen="non_padding",
+        **recipe.arguments,
+    )
+
+
+class HopeTrainer(Trainer):
+    """
+    Args:
+        recipe: says what the arguments do not: the optimizer, and how levels learn while they are evaluated.
+        evaluated: rows to evaluate on, by source.
+        probe: `[tokens]` int64, read at every evaluation for the memory's figures; `None` for none.
+    """
+
+    def __init__(
+        self, model: nn.Module, arguments: TrainingArguments, *, recipe: TrainingRecipe, pad: int,
+        evaluated: Mapping[str, Rows], probe: torch.Tensor | None = None, **kwargs: Any,
+    ):  # fmt: skip
+        self.recipe, self.evaluated, self.probe = recipe, evaluated, probe
+        self._last_log: tuple[float, int] | None = None  # when, evaluations not counted, and tokens seen
+        self._evaluating = 0.0
+        super().__init__(
+            model, arguments, data_collator=partial(collate, pad=pad), eval_dataset=dict(evaluated), **kwargs
+        )
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            recipe = self.recipe
+            rates = {} if recipe.rates_learning_rate is None else {"rates_lr": recipe.rates_learning_rate}
+            self.optimizer = make_optimizer(
+                recipe.optimizer,
+                self.model if model is None else model,
+                periods=recipe.level_periods,
+                lr=recipe.learning_rate,
+                weight_decay=recipe.weight_decay,
+                **rates,
+                **recipe.optimizer_options,
+            )
+        return self.optimizer
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Raises:
+            ValueError: the loss is no number; no weight has changed by it.
+        """
+        loss = super().compute_loss(*args, **kwargs)
+        value = loss[0] if isinstance(loss, tuple) else loss
+        if not torch.isfinite(value):
+            raise ValueError(
+                f"The loss is {value.item()} at step {self.state.global_step + 1}, and the weights are as they were before it. Lower "
+                "`learning_rate`, raise `warmup` or set `max_grad_norm`; `--resume` goes on from the last checkpoint."
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Besides, with every loss, the tokens per second since the last, evaluations not counted."""
+        if "loss" in logs:
+            now, tokens = time.perf_counter() - self._evaluating, int(self.state.num_input_tokens_seen)
+            if self._last_log is not None:
+                before, known = self._last_log
+                logs["tokens_per_second"] = round((tokens - known) / max(now - before, 1e-9), 1)
+            self._last_log = now, tokens
+        super().log(logs)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Perplexities of all targets, of all sources and of each: exact, however rows fall into batches and processes."""
+        metrics: dict[str, float] = {}
+        started = time.perf_counter()
+        for learning in self._evaluated_with():
+            suffix = "_learning" if learning else ""
+            found = {name: self._losses(rows, learning) for name, rows in (eval_dataset or self.evaluated).items()}
+            nats, count = (sum(parts) for parts in zip(*found.values(), strict=True))
+            metrics[f"{metric_key_prefix}_loss{suffix}"] = nats / count
+            metrics[f"{metric_key_prefix}_perplexity{suffix}"] = perplexity(nats, count)
+            for name, (source_nats, source_count) in found.items():
+                metrics[f"{metric_key_prefix}_perplexity{suffix}/{name}"] = perplexity(source_nats, source_count)
+        metrics[f"{metric_key_prefix}_seconds"] = round(time.perf_counter() - started, 2)
+        metrics |= self._memory()
+        self._evaluating += time.perf_counter() - started
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluated_with(self) -> list[bool]:
+        """Whether levels learn, by evaluation."""
+        config = self.model.config
+        if config.model_type != "hope" or not config.learning_levels:
+            return [False]
+        chosen = self.recipe.evaluate_learning
+        return [one == "on" for one in chosen or (["off"] if config.cms_training == "static" else ["off", "on"])]
+
+    @torch.no_grad()
+    def _losses(self, rows: Rows, learning: bool) -> tuple[float, int]:
+        """The sum over all targets, in nats, and their number."""
+        model = self._wrap_model(self.model, training=False)
+        training = model.training
+        model.eval()
+        options = {"learn": "all" if learning else "off"} if self.model.config.model_type == "hope" else {}
+        share = Share(rows, self.args.process_index, self.args.world_size)
+        nats, count = torch.zeros((), dtype=torch.float64), 0
+        loader = DataLoader(share, self.args.eval_batch_size, collate_fn=self.data_collator)
+        try:
+            for batch in loader:
+                number = targets(batch)
+                with self.compute_loss_context_manager():
+                    loss = model(**self._prepare_inputs(batch), use_cache=False, **options).loss
+                if number:
+                    nats += loss.double().cpu() * number
+                count += number
+        finally:
+            model.train(training)
+        sums = torch.stack([nats, torch.tensor(float(count), dtype=torch.float64)]).to(self.args.device)
+        total = self.accelerator.reduce(sums, "sum")
+        return float(total[0]), int(total[1])
+
+    def _memory(self) -> dict[str, float]:
+        model = self.accelerator.unwrap_model(self.model)
+        if self.probe is None or not isinstance(model, HopeForCausalLM):
+            return {}
+        with self.compute_loss_context_manager():
+            return memory_figures(model, self.probe)
+
+
+class Share(Dataset[Row]):
+    """A process's part of the rows; all have equally many, as sharded weights need it, the last one's without targets."""
+
+    def __init__(self, rows: Rows, process: int, processes: int):
+        self.rows, self.process, self.processes = rows, process, processes
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.processes)
+
+    def __getitem__(self, index: int) -> Row:
+        place = index * self.processes + self.process
+        if place < len(self.rows):
+            return self.rows[place]
+        row = self.rows[0]
+        return {**row, "labels": torch.full_like(row["labels"], IGNORED)}
+
+
+def perplexity(nats: float, count: int) -> float:
+    mean = nats / count
+    return math.exp(mean) if mean < 700 else math.inf
