@@ -97,12 +97,17 @@ class Settings(argparse.Action):
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from transformers.utils import logging
+
+    from modeling_hope.conversion.progress import bars_shown
     from modeling_hope.training.train import train
 
     recipe = recipe_of(arguments)
     if arguments.dry_run:
         print(recipe.as_yaml().rstrip())
         return
+    if not bars_shown():
+        logging.disable_progress_bar()
     train(recipe, resume=arguments.resume)
 
 

@@ -5,12 +5,16 @@ import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from transformers import configuration_utils
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 MIXERS = ("hope_memory", "full_attention", "sliding_attention")
+# `Trainer` reads the config of a checkpoint that it resumes as one of no certain class, which has to know all mixers.
+if "hope_memory" not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES:
+    configuration_utils.ALLOWED_ATTN_LAYER_TYPES += ("hope_memory",)
 PROJECTIONS = ("k", "v", "q", "eta", "alpha")
 MEMORY_READS = ("chunk", "token")
 RETENTIONS = ("initial", "zero")

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import modeling_hope  # noqa: F401  the Auto classes then know Hope
+from modeling_hope.conversion.quiet import quiet
 
 from .recipe import TrainingRecipe
 from .tokenizer import check_vocabulary
@@ -61,9 +62,10 @@ def make_model(recipe: TrainingRecipe, config: Any) -> Any:
     if not recipe.model:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            recipe.model, config=config, dtype=torch.float32, output_loading_info=True
-        )
+        with quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                recipe.model, config=config, dtype=torch.float32, output_loading_info=True
+            )
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"{recipe.model} has weights of other shapes than `config` says: {reason}") from error

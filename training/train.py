@@ -78,10 +78,10 @@ def train(
         model, arguments, recipe=recipe, pad=data.pad, evaluated=data.evaluated, probe=data.probe,
         train_dataset=data.train, processing_class=tokenizer, callbacks=list(callbacks),
     )  # fmt: skip
-    if checkpoint:
-        tell(f"going on from {checkpoint}")
+    if resume:
+        tell(f"going on from {checkpoint or 'the start: there is no whole checkpoint'}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    metrics = trainer.evaluate() if data.evaluated else {}
+    metrics = trainer.last_evaluation() if data.evaluated else {}
     trainer.save_model(str(out / MODEL))
     result = {
         **metrics,
@@ -112,7 +112,7 @@ def check_directory(recipe: TrainingRecipe, out: Path, resume: bool) -> None:
     """
     saved = out / SAVED
     if not resume:
-        if saved.is_file() or (out.is_dir() and any(out.glob("checkpoint-*"))):
+        if (out / RESULT).is_file() or any(out.glob("checkpoint-*")):
             raise ValueError(f"`out`: {out} holds a run. `--resume` goes on with it; another needs another directory.")
         return
     if not saved.is_file():

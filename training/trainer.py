@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 
 from modeling_hope import HopeForCausalLM
+from modeling_hope.conversion.progress import bars_shown
 from modeling_hope.optimizers import make_optimizer
 
 from .memory_figures import memory_figures
@@ -23,6 +24,8 @@ from .rows import IGNORED, Row, Rows, collate, targets
 
 def training_arguments(recipe: TrainingRecipe, evaluates: bool) -> TrainingArguments:
     """What the recipe says, as Transformers' own arguments."""
+    checkpointing = {"gradient_checkpointing": True} if recipe.gradient_checkpointing else {}
+    others = {"dataloader_pin_memory": torch.cuda.is_available(), "disable_tqdm": not bars_shown(), **recipe.arguments}
     return TrainingArguments(
         output_dir=recipe.out,
         max_steps=recipe.steps or -1,
@@ -36,7 +39,6 @@ def training_arguments(recipe: TrainingRecipe, evaluates: bool) -> TrainingArgum
         max_grad_norm=recipe.max_grad_norm,
         label_smoothing_factor=recipe.label_smoothing,
         bf16=recipe.dtype == "bfloat16",
-        gradient_checkpointing=recipe.gradient_checkpointing,
         seed=recipe.seed,
         data_seed=recipe.seed,
         eval_strategy="steps" if evaluates and recipe.evaluate_every else "no",
@@ -50,7 +52,8 @@ def training_arguments(recipe: TrainingRecipe, evaluates: bool) -> TrainingArgum
         report_to=recipe.report_to or "none",
         remove_unused_columns=False,
         include_num_input_tokens_seen="non_padding",
-        **recipe.arguments,
+        **checkpointing,
+        **others,
     )
 
 
@@ -132,6 +135,17 @@ class HopeTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def last_evaluation(self) -> dict[str, float]:
+        """Of the model as it is: what was found at this step, if that was evaluated, or what is found now."""
+        for entry in self.state.log_history:
+            if entry["step"] == self.state.global_step and "eval_loss" in entry:
+                return {
+                    name: value
+                    for name, value in entry.items()
+                    if name not in ("step", "epoch", "num_input_tokens_seen")
+                }
+        return self.evaluate()
 
     def _evaluated_with(self) -> list[bool]:
         """Whether levels learn, by evaluation."""
