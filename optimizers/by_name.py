@@ -93,6 +93,8 @@ def _groups(
         elif name == "m3" and parameter in outer:
             own["ns_steps"] = 0
         groups.setdefault(tuple(own.items()), {"params": [], **own})["params"].append(parameter)
+    if rates_lr is not None and not any("lr" in group for group in groups.values()):
+        raise ValueError("`rates_lr` is for learned rates, and `model` has none: set `cms_learn_rates` in its config.")
     if not groups:
         raise ValueError("`model` has no parameter that needs a gradient.")
     return list(groups.values())

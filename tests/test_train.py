@@ -9,7 +9,7 @@ import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from modeling_hope import HopeCache, HopeForCausalLM
 from modeling_hope.cli.main import main
@@ -60,6 +60,9 @@ TINY = {
 }
 
 
+LLAMA = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
 def text(seed, words=60):
     order = torch.randint(len(WORDS), (words,), generator=torch.Generator().manual_seed(seed))
     return " ".join(WORDS[i] for i in order.tolist())
@@ -103,6 +106,7 @@ def test_a_recipe_that_cannot_be_is_refused_by_the_name_of_its_field(tmp_path):
     for fields, named in (
         ({"stpes": 3}, "no field `stpes`"),
         ({"steps": "many"}, "steps"),
+        ({"steps": True}, "`steps` must be a number"),
         ({"steps": 0}, "`steps` must be 1 or more"),
         ({"steps": None}, "one of `steps` and `epochs`"),
         ({"epochs": 1.0}, "one of `steps` and `epochs`"),
@@ -194,6 +198,18 @@ def test_packed_rows_are_read_as_documents_alone(family, training):
         ]
     torch.testing.assert_close(found.double(), sum(alone).double(), rtol=1e-6, atol=1e-5)
     assert targets(batch) == sum(part.shape[1] - 1 for part in parts)
+
+
+def test_packed_rows_are_documents_alone_to_a_llama():
+    """What others are compared with reads the same."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **LLAMA, vocab_size=40)).eval()
+    tokens = some_tokens([5, 30, 9, 1, 14, 3])
+    batch = collate(list(Rows(tokens, 16, "packed", pad=0)), pad=0)
+    with torch.no_grad():
+        found = model(**batch, use_cache=False).logits.flatten(0, 1)[: len(tokens.ids)]
+        cuts = sorted({*range(0, len(tokens.ids), 16), *tokens.starts.tolist()})
+        alone = [model(tokens.ids[a:b].long()[None]).logits[0] for a, b in pairwise(cuts)]
+    torch.testing.assert_close(found, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
 def test_layouts():
@@ -345,6 +361,8 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(corpus):
         ("other shapes", {**kept, "config": {"hidden_size": 32, "head_dim": 8}}, "other shapes|other config"),
         ("fewer weights", {**kept, "config": {"num_hidden_layers": 2, "layer_types": None, "layer_ropes": None, "cms_levels_per_layer": None}}, "lacks"),
         ("optimizer", {"optimizer_options": {"beta": 1}}, "no option `beta`"),
+        ("rates", {**kept, "rates_learning_rate": 0.1}, "`rates_lr` is for learned rates"),
+        ("report", {"report_to": ["comet_ml"]}, "comet_ml is not installed"),
         ("levels", {"level_periods": [1, 2, 3]}, "one for each of 2 levels"),
     ):  # fmt: skip
         with pytest.raises((ValueError, StrictDataclassError), match=named):
@@ -369,18 +387,13 @@ def test_a_loss_that_is_no_number_ends_the_run_and_spares_the_checkpoints(corpus
 def test_any_config_and_datasets_without_a_network(corpus, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    llama = {
-        "model_type": "llama",
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-    }
     records = [{"text": text(seed), "source": "log"} for seed in range(6)]
     datasets.Dataset.from_list(records).save_to_disk(corpus / "disk")
     datasets.Dataset.from_list(records).to_parquet(corpus / "parquet" / "train.parquet")
     found = [
-        quietly(recipe_for(corpus, out, config=llama, train=[place], gradient_checkpointing=True))
+        quietly(
+            recipe_for(corpus, out, config={"model_type": "llama", **LLAMA}, train=[place], gradient_checkpointing=True)
+        )
         for out, place in (("a", f"datasets:{corpus / 'disk'}"), ("b", f"datasets:{corpus / 'parquet'}::train"))
     ]
     assert found[0]["eval_loss"] == found[1]["eval_loss"] and "eval_perplexity_learning" not in found[0]
@@ -427,7 +440,7 @@ def test_hope_train(tmp_path, monkeypatch, capsys):
         == 0
     )
     printed = capsys.readouterr().out
-    for expected in ("train_tokenizer: 300", "parameters", "tokens_per_second", "lighthouse", "result.json"):
+    for expected in ("train_tokenizer: 300", "parameters", "tokens/s", "perplexity", "lighthouse", "result.json"):
         assert expected in printed
     names = {path.name for path in out.iterdir()}
     assert names >= {"recipe.yaml", "figures.jsonl", "losses.png", "memory.png", "result.json", "model"}

@@ -98,7 +98,9 @@ class TrainingRecipe:
     seed: int = option(0, "training", "of weights, of the order of rows, of dropout")
     arguments: dict[str, Any] = option(dict, "training", "further fields of Transformers' TrainingArguments")
 
-    evaluate_every: int | None = option(None, "evaluation", "steps between evaluations; none: at the end only")
+    evaluate_every: int | None = option(
+        None, "evaluation", "steps between evaluations, the first before any step; none: one at the end"
+    )
     evaluation_length: int | None = option(None, "evaluation", "tokens of a row there; none: `sequence_length`")
     evaluation_rows: int | None = option(None, "evaluation", "rows of a source, at most; none: all")
     evaluate_learning: list[str] | None = option(
@@ -113,7 +115,9 @@ class TrainingRecipe:
     )
 
     log_every: int = option(10, "log", "steps between logged losses")
-    save_every: int | None = option(None, "log", "steps between checkpoints; none: at the end only")
+    save_every: int | None = option(
+        None, "log", "steps between checkpoints, from which a killed run can go on; none: no checkpoints"
+    )
     keep_checkpoints: int = option(2, "log", "older ones are deleted")
     report_to: list[str] = option(list, "log", "tensorboard, trackio or others that Transformers knows")
 
@@ -164,6 +168,8 @@ class TrainingRecipe:
         """Part of the strict validation."""
         for name, least in LEAST.items():
             value = getattr(self, name)
+            if isinstance(value, bool):
+                raise ValueError(f"`{name}` must be a number, got {value}.")
             if value is not None and not least <= value < math.inf:
                 raise ValueError(f"`{name}` must be {least} or more, got {value}.")
         for name in ("learning_rate", "rates_learning_rate", "epochs"):
@@ -205,7 +211,7 @@ DECIDED = {
     "max_grad_norm", "label_smoothing_factor", "bf16", "gradient_checkpointing", "seed", "data_seed", "eval_strategy",
     "eval_steps", "logging_steps", "logging_nan_inf_filter", "save_strategy", "save_steps", "save_total_limit",
     "report_to", "remove_unused_columns", "optim", "include_num_input_tokens_seen", "push_to_hub",
-    "resume_from_checkpoint",
+    "resume_from_checkpoint", "eval_on_start",
 }  # fmt: skip
 
 

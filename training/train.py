@@ -8,7 +8,6 @@ What the run's directory holds afterwards: `recipe.yaml`, `checkpoint-N/`, `mode
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,8 +16,9 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
 
+from .console import Console
 from .data import read_data, training_texts
 from .models import check_same, make_config, make_model
 from .recipe import SAVED, TrainingRecipe
@@ -54,7 +54,7 @@ def train(
     checkpoint = last_checkpoint(out) if resume else None
     check_directory(recipe, out, resume)
     started = time.perf_counter()
-    arguments = training_arguments(recipe, bool(recipe.validation or recipe.validation_fraction))
+    arguments = training_arguments(recipe, begins=not resume)
     main = arguments.process_index == 0
     tell = say if main else _silent
     tell(recipe.as_yaml().rstrip())
@@ -78,6 +78,9 @@ def train(
         model, arguments, recipe=recipe, pad=data.pad, evaluated=data.evaluated, probe=data.probe,
         train_dataset=data.train, processing_class=tokenizer, callbacks=list(callbacks),
     )  # fmt: skip
+    for kind in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(kind)
+    trainer.add_callback(Console(tell))
     if resume:
         tell(f"going on from {checkpoint or 'the start: there is no whole checkpoint'}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -157,9 +160,13 @@ def typical(values: Sequence[float | None]) -> float | None:
 
 
 def peak_memory() -> int:
-    """Bytes: of the GPU where there is one, else of the process."""
+    """Bytes: of the GPU where there is one, else of the process; 0 where that is not known."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from modeling_hope import HopeForCausalLM
-from modeling_hope.conversion.progress import bars_shown
 from modeling_hope.optimizers import make_optimizer
 
 from .memory_figures import memory_figures
@@ -22,10 +22,24 @@ from .recipe import TrainingRecipe
 from .rows import IGNORED, Row, Rows, collate, targets
 
 
-def training_arguments(recipe: TrainingRecipe, evaluates: bool) -> TrainingArguments:
-    """What the recipe says, as Transformers' own arguments."""
-    checkpointing = {"gradient_checkpointing": True} if recipe.gradient_checkpointing else {}
-    others = {"dataloader_pin_memory": torch.cuda.is_available(), "disable_tqdm": not bars_shown(), **recipe.arguments}
+def training_arguments(recipe: TrainingRecipe, begins: bool) -> TrainingArguments:
+    """
+    What the recipe says, as Transformers' own arguments.
+
+    Args:
+        begins: the run does, and is not resumed: it is evaluated before its first step, if it is between others.
+
+    Raises:
+        ValueError: what is to be reported to is not installed.
+    """
+    missing = sorted(set(recipe.report_to) - set(get_available_reporting_integrations()))
+    if missing:
+        raise ValueError(f"`report_to`: {missing[0]} is not installed. Run pip install {missing[0]}, or leave it out.")
+    every = "steps" if recipe.evaluate_every else "no"
+    # Its name in newer releases, where the older one warns.
+    name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, n))
+    checkpointing = {name: True} if recipe.gradient_checkpointing else {}
+    others = {"dataloader_pin_memory": torch.cuda.is_available(), **recipe.arguments}
     return TrainingArguments(
         output_dir=recipe.out,
         max_steps=recipe.steps or -1,
@@ -41,7 +55,8 @@ def training_arguments(recipe: TrainingRecipe, evaluates: bool) -> TrainingArgum
         bf16=recipe.dtype == "bfloat16",
         seed=recipe.seed,
         data_seed=recipe.seed,
-        eval_strategy="steps" if evaluates and recipe.evaluate_every else "no",
+        eval_strategy=every,
+        eval_on_start=begins and recipe.evaluate_every is not None,
         eval_steps=recipe.evaluate_every,
         logging_steps=recipe.log_every,
         logging_first_step=True,
