@@ -25,6 +25,7 @@ from modeling_hope.training.recipe import SAVED, TrainingRecipe, read_recipe
 
 
 CONTINUE = "continue"  # the recipe of `--continue`
+MOST_CHOICES = 7  # that stand in a flag's own line of the help
 
 
 def add_to(commands: Any) -> None:
@@ -67,15 +68,23 @@ def add_field(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
         group.add_argument(flag, nargs="+", type=setting, metavar="KEY=VALUE", action=Settings, help=says)
     else:
         choices = field.metadata["choices"]
-        metavar = None if choices and len(choices) < 8 else field.name.upper().rsplit("_", 1)[-1]
-        options = {"choices": choices} if choices and metavar is None else {"metavar": metavar}
-        numeric = {int, float} & {*kinds, *(arg for kind in kinds for arg in typing.get_args(kind))}
-        group.add_argument(flag, nargs="+" if several else None, type=scalar if numeric else str, help=says, **options)
+        numeric = bool({int, float} & {*kinds, *(part for kind in kinds for part in typing.get_args(kind))})
+        options: dict[str, Any] = {"metavar": "N" if numeric else field.name.upper()}
+        if 0 < len(choices) <= MOST_CHOICES:
+            options = {"choices": choices}
+        elif choices:
+            says += f"; one of {', '.join(choices)}"
+        kind = scalar if numeric else word if type(None) in kinds else str
+        group.add_argument(flag, nargs="+" if several else None, type=kind, help=says, **options)
 
 
 def scalar(text: str) -> Any:
     """A number, `none`, or a word, as YAML has them."""
     return None if text == "none" else yaml.safe_load(text)
+
+
+def word(text: str) -> str | None:
+    return None if text == "none" else text
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -113,7 +122,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def recipe_of(arguments: argparse.Namespace) -> TrainingRecipe:
     """The recipe that is named, with the flags that are given in the place of its fields; mappings are joined."""
-    flags = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(TrainingRecipe) if f.name in arguments}
+    hints = typing.get_type_hints(TrainingRecipe)
+    flags = {name: sole(getattr(arguments, name), hint) for name, hint in hints.items() if name in arguments}
     fields: dict[str, Any] = {}
     if arguments.resume and arguments.recipe is None and arguments.continued is None:
         saved = Path(flags.get("out", "")) / SAVED
@@ -130,3 +140,10 @@ def recipe_of(arguments: argparse.Namespace) -> TrainingRecipe:
         known = fields.get(name)
         fields[name] = {**known, **value} if isinstance(value, dict) and isinstance(known, dict) else value
     return TrainingRecipe.from_fields(fields)
+
+
+def sole(value: Any, hint: Any) -> Any:
+    """What a flag of several words was given, or the word itself where it is one that stands for all."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(hint, types.UnionType):
+        return value[0] if type(value[0]) in typing.get_args(hint) else value
+    return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +48,9 @@ def read_data(recipe: TrainingRecipe, tokenizer: Any, say: Say) -> Data:
     Raises:
         ValueError: a place holds no text, or nothing is left of a split.
     """
+    seen = set(local_files(recipe.train))
+    if shared := [file for file in local_files(recipe.validation) if file in seen]:
+        raise ValueError(f"`validation`: {shared[0]} is trained on. Give other text, or set `validation_fraction`.")
     pad = tokenizer.pad_token_id
     pad = pad if pad is not None else tokenizer.eos_token_id or 0
     fraction = recipe.validation_fraction
@@ -89,17 +93,23 @@ def tokens_of(
     def make() -> Tokens:
         return Tokens.of(documents(recipe, places, split, held), tokenizer, recipe.min_document_tokens, say)
 
-    files = [file for place in places if not place.startswith(DATASETS) for file in files_at(place)]
-    if any(place.startswith(DATASETS) for place in places) or recipe.token_cache is None:
+    known = tokenizer.is_fast and not any(place.startswith(DATASETS) for place in places)
+    if recipe.token_cache is None or not known:
         return make()  # what a name on the hub holds may change
     fields = ("text_field", "source_field", "separator", "min_document_tokens", "validation_fraction")
     key = [
-        state_of(files),
+        state_of(local_files(places)),
         held,
+        tokenizer.eos_token_id,
         tokenizer.backend_tokenizer.to_str(),
         {name: getattr(recipe, name) for name in fields},
     ]
     return cached(recipe.token_cache, key, make)
+
+
+def local_files(places: Sequence[str]) -> list[Path]:
+    """The files among the places, in full."""
+    return [file.resolve() for place in places if not place.startswith(DATASETS) for file in files_at(place)]
 
 
 def documents(recipe: TrainingRecipe, places: Sequence[str], split: str, held: bool | None) -> Iterator[Document]:

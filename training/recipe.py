@@ -168,8 +168,6 @@ class TrainingRecipe:
         """Part of the strict validation."""
         for name, least in LEAST.items():
             value = getattr(self, name)
-            if isinstance(value, bool):
-                raise ValueError(f"`{name}` must be a number, got {value}.")
             if value is not None and not least <= value < math.inf:
                 raise ValueError(f"`{name}` must be {least} or more, got {value}.")
         for name in ("learning_rate", "rates_learning_rate", "epochs"):
@@ -211,7 +209,7 @@ DECIDED = {
     "max_grad_norm", "label_smoothing_factor", "bf16", "gradient_checkpointing", "seed", "data_seed", "eval_strategy",
     "eval_steps", "logging_steps", "logging_nan_inf_filter", "save_strategy", "save_steps", "save_total_limit",
     "report_to", "remove_unused_columns", "optim", "include_num_input_tokens_seen", "push_to_hub",
-    "resume_from_checkpoint", "eval_on_start",
+    "resume_from_checkpoint", "eval_on_start", "activation_checkpointing",
 }  # fmt: skip
 
 

@@ -42,4 +42,4 @@ def cached(directory: str | None, key: Any, make: Callable[[], Tokens]) -> Token
 
 def state_of(files: list[Path]) -> list[list[Any]]:
     """What files are, but for reading them: their places, sizes and times."""
-    return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -199,7 +199,7 @@ class HopeTrainer(Trainer):
         if self.probe is None or not isinstance(model, HopeForCausalLM):
             return {}
         with self.compute_loss_context_manager():
-            return memory_figures(model, self.probe)
+            return memory_figures(model, self.probe[: model.config.longest_stream])
 
 
 class Share(Dataset[Row]):
