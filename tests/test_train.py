@@ -275,9 +275,18 @@ class Kill(TrainerCallback):
             raise KeyboardInterrupt
 
 
+class Poison(TrainerCallback):
+    """Its second step leaves a weight that is no number."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            next(model.parameters()).data[0] = math.nan
+
+
 @pytest.mark.parametrize("mode", ["static", "second_order"])
 def test_a_killed_run_goes_on_to_the_same_losses(corpus, mode):
     config = {**TINY["config"], "cms_training": mode, "cms_learn_rates": True, "cms_periods": [16, 32]}
+    config["bos_token_id"] = 3  # Trainer takes the tokenizer's, which has none
     fields = {"steps": 6, "save_every": 2, "evaluate_every": 3, "accumulate": 2, "batch_size": 1, "config": config}
     fields |= {"level_periods": "config", "rates_learning_rate": 0.1, "memory_tokens": 40, "evaluation_rows": 2}
     whole = quietly(recipe_for(corpus, "whole", **fields))
@@ -379,6 +388,9 @@ def test_a_loss_that_is_no_number_ends_the_run_and_spares_the_checkpoints(corpus
     with pytest.raises(ValueError, match=r"loss is (nan|inf) at step \d"):
         quietly(recipe)
     assert last_checkpoint(corpus / "run") is not None
+    with pytest.raises(ValueError, match=r"embed_tokens.weight` is not finite at step 2"):
+        quietly(recipe_for(corpus, "poisoned", save_every=1), callbacks=[Poison()])
+    assert [path.name for path in (corpus / "poisoned").glob("checkpoint-*")] == ["checkpoint-1"]
     config = json.loads((corpus / "run" / "checkpoint-1" / "config.json").read_text())
     path = corpus / "run" / "checkpoint-1" / "config.json"
     for checkpoint in (corpus / "run").glob("checkpoint-*"):

@@ -84,7 +84,8 @@ def check_same(config: Any, checkpoint: Path) -> None:
         ValueError: the model in a run's checkpoint has another config.
     """
     saved, ours = AutoConfig.from_pretrained(checkpoint).to_dict(), config.to_dict()
-    own = {"transformers_version", "_name_or_path", "dtype", "architectures", "use_cache"}
+    # Trainer gives the model its tokenizer's marks.
+    own = {"transformers_version", "_name_or_path", "dtype", "architectures", "use_cache", *MARKS}
     differing = sorted(name for name in {*saved, *ours} - own if saved.get(name) != ours.get(name))
     if differing:
         name = differing[0]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
@@ -115,10 +116,25 @@ class HopeTrainer(Trainer):
         value = loss[0] if isinstance(loss, tuple) else loss
         if not torch.isfinite(value):
             raise ValueError(
-                f"The loss is {value.item()} at step {self.state.global_step + 1}, and the weights are as they were before it. Lower "
-                "`learning_rate`, raise `warmup` or set `max_grad_norm`; `--resume` goes on from the last checkpoint."
+                f"The loss is {value.item()} at step {self.state.global_step + 1}; checkpoints are from before it. Lower "
+                "`learning_rate`, raise `warmup` or set `max_grad_norm`, and begin a run with another `out`, of the last checkpoint "
+                "as `model` if you like."
             )
         return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Raises:
+            ValueError: a weight is no number; nothing was written.
+        """
+        for name, parameter in self.model.named_parameters():
+            own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if not torch.isfinite(own).all():
+                raise ValueError(
+                    f"`{name}` is not finite at step {self.state.global_step}: a gradient was no number. Checkpoints are from "
+                    "before it. Lower `learning_rate` or raise `warmup`, in a run with another `out`."
+                )
+        super().save_model(output_dir, _internal_call)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Besides, with every loss, the tokens per second since the last, evaluations not counted."""
