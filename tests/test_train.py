@@ -384,10 +384,10 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(corpus):
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_spares_the_checkpoints(corpus):
-    recipe = recipe_for(corpus, learning_rate=1e30, warmup=0.0, save_every=1, steps=4)
+    recipe = recipe_for(corpus, learning_rate=1e18, weight_decay=0.0, warmup=0.0, save_every=1, steps=4)
     with pytest.raises(ValueError, match=r"loss is (nan|inf) at step \d"):
         quietly(recipe)
-    assert last_checkpoint(corpus / "run") is not None
+    assert last_checkpoint(corpus / "run") is not None and losses_of(corpus / "run")
     with pytest.raises(ValueError, match=r"embed_tokens.weight` is not finite at step 2"):
         quietly(recipe_for(corpus, "poisoned", save_every=1), callbacks=[Poison()])
     assert [path.name for path in (corpus / "poisoned").glob("checkpoint-*")] == ["checkpoint-1"]

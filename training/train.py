@@ -23,7 +23,7 @@ from .data import read_data, training_texts
 from .models import check_same, make_config, make_model
 from .recipe import SAVED, TrainingRecipe
 from .run_log import perplexity_table, write_log
-from .tokenizer import check_vocabulary, train_tokenizer
+from .tokenizer import train_tokenizer
 from .trainer import HopeTrainer, training_arguments
 
 
@@ -63,11 +63,6 @@ def train(
     if checkpoint:
         check_same(config, checkpoint)
     data = read_data(recipe, tokenizer, tell)
-    largest = max(
-        int(ids.max()) for ids in (data.train.tokens.ids, *(rows.tokens.ids for rows in data.evaluated.values()))
-    )
-    if largest >= config.vocab_size:
-        check_vocabulary(tokenizer, config.vocab_size)
     model = make_model(recipe, config)
     tell(f"{config.model_type} of {model.num_parameters():,} parameters, {data.describe()}")
     if main:
@@ -83,9 +78,12 @@ def train(
     trainer.add_callback(Console(tell))
     if resume:
         tell(f"going on from {checkpoint or 'the start: there is no whole checkpoint'}")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    metrics = trainer.last_evaluation() if data.evaluated else {}
-    trainer.save_model(str(out / MODEL))
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        metrics = trainer.last_evaluation() if data.evaluated else {}
+        trainer.save_model(str(out / MODEL))
+    finally:  # of a run that ends before, too
+        files = write_log(trainer.state.log_history, out) if main else []
     result = {
         **metrics,
         "parameters": model.num_parameters(),
@@ -96,7 +94,6 @@ def train(
         "peak_MiB": round(peak_memory() / 2**20),
     }
     if main:
-        files = write_log(trainer.state.log_history, out)
         (out / RESULT).write_text(json.dumps(result, indent=2) + "\n")
         if metrics:
             tell(perplexity_table(metrics))
