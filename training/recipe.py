@@ -119,6 +119,7 @@ class TrainingRecipe:
         None, "log", "steps between checkpoints, from which a killed run can go on; none: no checkpoints"
     )
     keep_checkpoints: int = option(2, "log", "older ones are deleted")
+    plots: bool = option(True, "log", "draw losses.png and memory.png, where matplotlib is installed")
     report_to: list[str] = option(list, "log", "tensorboard, trackio or others that Transformers knows")
 
     def validate_run(self) -> None:

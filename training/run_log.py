@@ -21,17 +21,20 @@ PANELS = {
 Entry = dict[str, Any]
 
 
-def write_log(history: Sequence[Entry], out: Path) -> list[str]:
+def write_log(history: Sequence[Entry], out: Path, plots: bool = True) -> list[str]:
     """
     Write `figures.jsonl`, and the plots where matplotlib is installed.
 
     Args:
         history: Trainer's, an entry for everything logged, with its `step`.
+        plots: whether to draw them.
 
     Returns:
         Names of the files written.
     """
     (out / FIGURES).write_text("".join(json.dumps(entry) + "\n" for entry in history))
+    if not plots:
+        return [FIGURES]
     try:
         import matplotlib
     except ImportError:

@@ -83,7 +83,7 @@ def train(
         metrics = trainer.last_evaluation() if data.evaluated else {}
         trainer.save_model(str(out / MODEL))
     finally:  # of a run that ends before, too
-        files = write_log(trainer.state.log_history, out) if main else []
+        files = write_log(trainer.state.log_history, out, recipe.plots) if main else []
     result = {
         **metrics,
         "parameters": model.num_parameters(),
