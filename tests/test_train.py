@@ -312,25 +312,13 @@ def test_training_on_with_learning_on(corpus):
     """Of a checkpoint that has no learned rates: under `second_order` they are learned."""
     quietly(recipe_for(corpus, "base", steps=1))
     base = str(corpus / "base" / "model")
-    common = ["--continue", base, "--train", str(corpus / "train"), "--validation", str(corpus / "validation")]
-    common += [
-        "--sequence-length",
-        "64",
-        "--min-document-tokens",
-        "20",
-        "--steps",
-        "3",
-        "--evaluate-every",
-        "3",
-        "--learning-rate",
-        "1e-3",
-        "--epochs",
-        "none",
-    ]
-    second = ["cms_training=second_order", "cms_learn_rates=true", "--rates-learning-rate", "0.1"]
+    flags = "--sequence-length 64 --min-document-tokens 20 --steps 2 --accumulate 2 --epochs none --learning-rate 1e-3"
+    flags += " --warmup 0 --evaluate-every 2 --evaluation-rows 2 --memory-tokens 64 --no-plots --continue"
+    common = [*flags.split(), base, "--train", str(corpus / "train"), "--validation", str(corpus / "validation")]
+    second = "cms_training=second_order cms_learn_rates=true"
     for name, options in (
         ("first", []),
-        ("second", ["--config", *second]),
+        ("second", ["--rates-learning-rate", "0.1", "--config", *second.split()]),
         ("control", ["--config", "cms_training=static"]),
     ):
         recipe = parse(*common, *options, "--out", str(corpus / name))

@@ -78,7 +78,8 @@ class HopeTrainer(Trainer):
     Args:
         recipe: says what the arguments do not: the optimizer, and how levels learn while they are evaluated.
         evaluated: rows to evaluate on, by source.
-        probe: `[tokens]` int64, read at every evaluation for the memory's figures; `None` for none.
+        probe: `[tokens]` int64, read at every evaluation for the memory's figures; `None` for none. There are
+            none of a model that is sharded, no process of which has whole memories.
     """
 
     def __init__(
@@ -212,7 +213,8 @@ class HopeTrainer(Trainer):
 
     def _memory(self) -> dict[str, float]:
         model = self.accelerator.unwrap_model(self.model)
-        if self.probe is None or not isinstance(model, HopeForCausalLM):
+        sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        if self.probe is None or sharded or not isinstance(model, HopeForCausalLM):
             return {}
         with self.compute_loss_context_manager():
             return memory_figures(model, self.probe[: model.config.longest_stream])
