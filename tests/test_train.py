@@ -360,7 +360,7 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(corpus):
         ("vocabulary", {"config": {"vocab_size": 100}}, "`vocab_size` 100"),
         ("larger tokenizer", {**kept, "tokenizer": str(corpus / "larger")}, "`vocab_size`"),
         ("other kind", {**kept, "config": {"model_type": "llama"}}, "model_type"),
-        ("other shapes", {**kept, "config": {"hidden_size": 32, "head_dim": 8}}, "other shapes|other config"),
+        ("other shapes", {**kept, "config": {"hidden_size": 32, "head_dim": 8}}, "other shapes"),
         ("fewer weights", {**kept, "config": {"num_hidden_layers": 2, "layer_types": None, "layer_ropes": None, "cms_levels_per_layer": None}}, "lacks"),
         ("optimizer", {"optimizer_options": {"beta": 1}}, "no option `beta`"),
         ("rates", {**kept, "rates_learning_rate": 0.1}, "`rates_lr` is for learned rates"),

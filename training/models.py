@@ -61,14 +61,15 @@ def make_model(recipe: TrainingRecipe, config: Any) -> Any:
     torch.manual_seed(recipe.seed)
     if not recipe.model:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    try:
-        with quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                recipe.model, config=config, dtype=torch.float32, output_loading_info=True
-            )
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"{recipe.model} has weights of other shapes than `config` says: {reason}") from error
+    with quiet():  # what differs is told below
+        model, report = AutoModelForCausalLM.from_pretrained(
+            recipe.model, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    if report["mismatched_keys"]:
+        name, theirs, ours = min(report["mismatched_keys"])
+        raise ValueError(
+            f"{recipe.model} has weights of other shapes than `config` says: `{name}` is {tuple(theirs)}, and would be {tuple(ours)}."
+        )
     missing = [name for name in report["missing_keys"] if not name.endswith(LEARNED_RATES)]
     for what, names in (("lacks", missing), ("has, beyond what `config` says,", sorted(report["unexpected_keys"]))):
         if names:

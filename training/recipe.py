@@ -199,7 +199,7 @@ class TrainingRecipe:
 
 
 LEAST = {
-    "sequence_length": 2, "evaluation_length": 2, "min_document_tokens": 1, "steps": 1, "batch_size": 1, "accumulate": 1,
+    "sequence_length": 2, "evaluation_length": 2, "min_document_tokens": 2, "steps": 1, "batch_size": 1, "accumulate": 1,
     "weight_decay": 0, "max_grad_norm": 0, "evaluate_every": 1, "evaluation_rows": 1, "memory_tokens": 0, "log_every": 1,
     "save_every": 1, "keep_checkpoints": 1, "train_tokenizer": 258,
 }  # fmt: skip

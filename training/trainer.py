@@ -207,6 +207,8 @@ class HopeTrainer(Trainer):
                 count += number
         finally:
             model.train(training)
+        if self.args.world_size == 1:
+            return float(nats), count
         sums = torch.stack([nats, torch.tensor(float(count), dtype=torch.float64)]).to(self.args.device)
         total = self.accelerator.reduce(sums, "sum")
         return float(total[0]), int(total[1])
