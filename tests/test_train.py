@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from itertools import pairwise
 
 import pytest
@@ -401,6 +402,9 @@ def test_any_config_and_datasets_without_a_network(corpus, monkeypatch):
         )
         for out, place in (("a", f"datasets:{corpus / 'disk'}"), ("b", f"datasets:{corpus / 'parquet'}::train"))
     ]
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"hope-transformers\[train\]"):
+        quietly(recipe_for(corpus, "c", train=[f"datasets:{corpus / 'disk'}"]))
     assert found[0]["eval_loss"] == found[1]["eval_loss"] and "eval_perplexity_learning" not in found[0]
     assert AutoModelForCausalLM.from_pretrained(corpus / "a" / "model").config.model_type == "llama"
 

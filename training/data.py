@@ -38,7 +38,8 @@ class Data:
         if not self.evaluated:
             return counted
         tokens = sum(len(rows.tokens.ids) for rows in self.evaluated.values())
-        return f"{counted}; {tokens:,} tokens of {len(self.evaluated)} sources to evaluate on"
+        sources = "one source" if len(self.evaluated) == 1 else f"{len(self.evaluated)} sources"
+        return f"{counted}; {tokens:,} tokens of {sources} to evaluate on"
 
 
 def read_data(recipe: TrainingRecipe, tokenizer: Any, say: Say) -> Data:
