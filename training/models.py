@@ -48,6 +48,11 @@ def make_config(recipe: TrainingRecipe, tokenizer: Any) -> Any:
     else:
         config = AutoConfig.for_model(kind, **fields)
     check_vocabulary(tokenizer, config.vocab_size)
+    learns_rates = getattr(config, "cms_learn_rates", False) and config.cms_training == "second_order"
+    if recipe.rates_learning_rate is not None and not learns_rates:
+        raise ValueError(
+            "`rates_learning_rate` is for rates that are learned: set cms_learn_rates=true and cms_training=second_order in `config`."
+        )
     return config
 
 

@@ -78,7 +78,9 @@ class TrainingRecipe:
     optimizer: str = option("adamw", "training", "by its name", tuple(OPTIMIZERS))
     learning_rate: float = option(1e-3, "training", "of the optimizer, at its largest")
     rates_learning_rate: float | None = option(
-        None, "training", "the same for the levels' own learned rates (`cms_learn_rates`); none: `learning_rate`"
+        None,
+        "training",
+        "the same for the levels' own rates, which second_order can learn (`cms_learn_rates`); none: `learning_rate`",
     )
     weight_decay: float = option(0.1, "training", "decoupled, of matrices")
     optimizer_options: dict[str, Any] = option(dict, "training", "further ones, by name")
@@ -144,8 +146,6 @@ class TrainingRecipe:
             raise ValueError("`validation` and `validation_fraction` are both set: leave one out.")
         if self.evaluate_every and not (self.validation or self.validation_fraction):
             raise ValueError("`evaluate_every` needs text: set `validation` or `validation_fraction`.")
-        if self.rates_learning_rate is not None and not self.config.get("cms_learn_rates", bool(self.model)):
-            raise ValueError("`rates_learning_rate` is for rates that are learned: set `cms_learn_rates` in `config`.")
 
     def validate_choices(self) -> None:
         """Part of the strict validation."""

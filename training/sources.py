@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 TEXT, RECORDS = (".txt", ".md"), (".jsonl",)
 DATASETS = "datasets:"
-SHARD = re.compile(r"[-_.]?\d{3,}(-of-\d+)?$")  # what a shard's name has at its end
+SHARD = re.compile(r"[-_.]?\d{5,}(-of-\d+)?$")  # what a shard's name has at its end
 
 
 class Document(NamedTuple):

@@ -96,14 +96,13 @@ class HopeTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             recipe = self.recipe
-            rates = {} if recipe.rates_learning_rate is None else {"rates_lr": recipe.rates_learning_rate}
             self.optimizer = make_optimizer(
                 recipe.optimizer,
                 self.model if model is None else model,
                 periods=recipe.level_periods,
                 lr=recipe.learning_rate,
                 weight_decay=recipe.weight_decay,
-                **rates,
+                rates_lr=recipe.rates_learning_rate,
                 **recipe.optimizer_options,
             )
         return self.optimizer
