@@ -49,8 +49,9 @@ def add_to(commands: Any) -> None:
     hints = typing.get_type_hints(TrainingRecipe)
     for field in dataclasses.fields(TrainingRecipe):
         name = field.metadata["group"]
-        group = groups.setdefault(name, parser.add_argument_group(name))
-        add_field(group, field, hints[field.name])
+        if name not in groups:
+            groups[name] = parser.add_argument_group(name)
+        add_field(groups[name], field, hints[field.name])
     parser.set_defaults(run=run, extra="train")
 
 
