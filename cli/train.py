@@ -25,6 +25,8 @@ from modeling_hope.training.recipe import SAVED, TrainingRecipe, read_recipe
 
 
 CONTINUE = "continue"  # the recipe of `--continue`
+# Of these a recipe sets one: a flag takes the place of either.
+EITHER = (("steps", "epochs"), ("tokenizer", "train_tokenizer"), ("validation", "validation_fraction"))
 MOST_CHOICES = 7  # that stand in a flag's own line of the help
 
 
@@ -137,6 +139,9 @@ def recipe_of(arguments: argparse.Namespace) -> TrainingRecipe:
         if "model" in flags:
             raise ValueError("`--continue` and `--model` both name a checkpoint: leave one out.")
         fields["model"] = arguments.continued
+    for pair in EITHER:
+        if given := [name for name in pair if name in flags]:
+            fields = {name: value for name, value in fields.items() if name not in pair or name in given}
     for name, value in flags.items():
         known = fields.get(name)
         fields[name] = {**known, **value} if isinstance(value, dict) and isinstance(known, dict) else value

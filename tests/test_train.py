@@ -156,6 +156,8 @@ def test_flags_are_the_fields_of_a_file(tmp_path):
     assert changed.config == {"hidden_size": 16, "cms_periods": [4, None]} and not changed.gradient_checkpointing
     words = parse(*given, "--level-periods", "config", "--separator", "none", "--evaluate-learning", "off")
     assert (words.level_periods, words.separator, words.evaluate_learning) == ("config", None, ["off"])
+    other = parse(str(tmp_path / "recipe.yaml"), "--epochs", "2", "--tokenizer", "place")
+    assert (other.steps, other.epochs, other.tokenizer, other.train_tokenizer) == (None, 2.0, "place", None)
     assert parse(*given, "--level-periods", "none").level_periods is None
     for path in RECIPES.glob("*.yaml"):
         continued = (
@@ -312,7 +314,7 @@ def test_training_on_with_learning_on(corpus):
     """Of a checkpoint that has no learned rates: under `second_order` they are learned."""
     quietly(recipe_for(corpus, "base", steps=1))
     base = str(corpus / "base" / "model")
-    flags = "--sequence-length 64 --min-document-tokens 20 --steps 2 --accumulate 2 --epochs none --learning-rate 1e-3"
+    flags = "--sequence-length 64 --min-document-tokens 20 --steps 2 --accumulate 2 --learning-rate 1e-3"
     flags += " --warmup 0 --evaluate-every 2 --evaluation-rows 2 --memory-tokens 64 --no-plots --continue"
     common = [*flags.split(), base, "--train", str(corpus / "train"), "--validation", str(corpus / "validation")]
     second = "cms_training=second_order cms_learn_rates=true"
