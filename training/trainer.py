@@ -82,6 +82,9 @@ class HopeTrainer(Trainer):
             none of a model that is sharded, no process of which has whole memories.
     """
 
+    optimizer: Any
+    control: Any
+
     def __init__(
         self, model: nn.Module, arguments: TrainingArguments, *, recipe: TrainingRecipe, pad: int,
         evaluated: Mapping[str, Rows], probe: torch.Tensor | None = None, **kwargs: Any,
