@@ -7,13 +7,13 @@ import sys
 
 from huggingface_hub.errors import StrictDataclassError
 
-from . import bench, chat, convert, demo, export
+from . import bench, chat, convert, demo, export, train
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hope", description="Language models that learn while they read.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (demo, chat, convert, export, bench):
+    for command in (demo, chat, convert, export, train, bench):
         command.add_to(commands)
     arguments = parser.parse_args(argv)
     try:

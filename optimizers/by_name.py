@@ -30,7 +30,12 @@ OURS_TO_GIVE = {"self", "params", "model"}
 
 
 def make_optimizer(
-    name: str, model: nn.Module, *, periods: Sequence[int] | str | None = None, **options: Any
+    name: str,
+    model: nn.Module,
+    *,
+    periods: Sequence[int] | str | None = None,
+    rates_lr: float | None = None,
+    **options: Any,
 ) -> Optimizer:
     """
     An optimizer for a model's parameters that need gradients, in groups as is usual.
@@ -43,6 +48,8 @@ def make_optimizer(
         model: a Hope model, or any other where `periods` are not given.
         periods: steps from one update to the next, for each level of the continuum memory (`MultiFrequency`);
             "config" for those in proportion to `config.cms_periods`.
+        rates_lr: learning rate of the levels' own rates, where they are parameters (`config.cms_learn_rates`): logarithms,
+            which may need larger steps than weights. `None`: `lr`, as all else.
         options: of the optimizer, such as `lr` and `weight_decay`; and `reduction` of `MultiFrequency`.
 
     Raises:
@@ -58,23 +65,27 @@ def make_optimizer(
         raise ValueError(f"{name!r} has no option `{unknown[0]}`. It has {', '.join(sorted(known))}.")
     if kind is DeltaGradientDescent:
         options["model"] = model
-    groups = _groups(name, model, periods)
+    groups = _groups(name, model, periods, rates_lr)
     if periods is None:
         return kind(groups, **options)
     return MultiFrequency(kind(groups, **options), **wrapping)
 
 
-def _groups(name: str, model: nn.Module, periods: Sequence[int] | str | None) -> list[dict[str, Any]]:
+def _groups(
+    name: str, model: nn.Module, periods: Sequence[int] | str | None, rates_lr: float | None
+) -> list[dict[str, Any]]:
     paces: dict[nn.Parameter, int] = {}
     if periods is not None:
         steps = level_periods(model, None if periods == "config" else periods)  # type: ignore[arg-type]
         paces = {parameter: steps[level] for parameter, level in level_of_parameters(model).items()}
     outer = _embeddings(model)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for parameter in model.parameters():
+    for place, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         own: dict[str, Any] = {}
+        if rates_lr is not None and place.endswith("log_learning_rates"):
+            own["lr"] = rates_lr
         if periods is not None:
             own["period"] = paces.get(parameter, 1)
         if parameter.dim() < 2:
@@ -82,6 +93,8 @@ def _groups(name: str, model: nn.Module, periods: Sequence[int] | str | None) ->
         elif name == "m3" and parameter in outer:
             own["ns_steps"] = 0
         groups.setdefault(tuple(own.items()), {"params": [], **own})["params"].append(parameter)
+    if rates_lr is not None and not any("lr" in group for group in groups.values()):
+        raise ValueError("`rates_lr` is for learned rates, and `model` has none: set `cms_learn_rates` in its config.")
     if not groups:
         raise ValueError("`model` has no parameter that needs a gradient.")
     return list(groups.values())

@@ -1,0 +1,126 @@
+"""The text of a run, as rows to train on and to evaluate on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .recipe import TrainingRecipe
+from .rows import Rows, Tokens
+from .sources import DATASETS, Document, Reader, files_at, held_out
+from .token_cache import cached, state_of
+
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Data:
+    """
+    Attributes:
+        train: rows to train on.
+        evaluated: rows to evaluate on, by source.
+        probe: `[tokens]` int64, text whose reading shows what the memory does; `None` for none.
+        pad: token that fills up rows.
+    """
+
+    train: Rows
+    evaluated: dict[str, Rows]
+    probe: torch.Tensor | None
+    pad: int
+
+    def describe(self) -> str:
+        counted = f"{len(self.train):,} rows of {len(self.train.tokens.ids):,} tokens from {len(self.train.tokens):,} documents"
+        if not self.evaluated:
+            return counted
+        tokens = sum(len(rows.tokens.ids) for rows in self.evaluated.values())
+        sources = "one source" if len(self.evaluated) == 1 else f"{len(self.evaluated)} sources"
+        return f"{counted}; {tokens:,} tokens of {sources} to evaluate on"
+
+
+def read_data(recipe: TrainingRecipe, tokenizer: Any, say: Say) -> Data:
+    """
+    Read, tokenize, split and cut.
+
+    Raises:
+        ValueError: a place holds no text, or nothing is left of a split.
+    """
+    seen = set(local_files(recipe.train))
+    if shared := [file for file in local_files(recipe.validation) if file in seen]:
+        raise ValueError(f"`validation`: {shared[0]} is trained on. Give other text, or set `validation_fraction`.")
+    pad = tokenizer.pad_token_id
+    pad = pad if pad is not None else tokenizer.eos_token_id or 0
+    fraction = recipe.validation_fraction
+    chosen = tokens_of(recipe, recipe.train, tokenizer, say, "train", None if not fraction else False)
+    if not len(chosen):
+        raise ValueError(
+            "`train`: no document is left to train on. Lower `min_document_tokens` or `validation_fraction`."
+        )
+    evaluated: dict[str, Rows] = {}
+    probe = None
+    if recipe.validation or fraction:
+        places = recipe.validation or recipe.train
+        held = tokens_of(
+            recipe, places, tokenizer, say, "train" if fraction else "validation", True if fraction else None
+        )
+        length = recipe.evaluation_length or recipe.sequence_length
+        by_source = {
+            source: Rows(tokens, length, recipe.layout, pad, recipe.evaluation_rows)
+            for source, tokens in held.by_source().items()
+        }
+        evaluated = {source: rows for source, rows in by_source.items() if len(rows)}
+        if not evaluated:
+            raise ValueError(
+                "No document is left to evaluate on: raise `validation_fraction`, or give more `validation` text."
+            )
+        if recipe.memory_tokens:
+            probe = held.ids[: recipe.memory_tokens].long()
+    rows = Rows(chosen.shuffled(recipe.seed), recipe.sequence_length, recipe.layout, pad)
+    return Data(rows, evaluated, probe, pad)
+
+
+def tokens_of(
+    recipe: TrainingRecipe, places: Sequence[str], tokenizer: Any, say: Say, split: str, held: bool | None
+) -> Tokens:
+    """
+    Args:
+        held: `True` for the documents that `validation_fraction` holds out, `False` for the others, `None` for all.
+    """
+
+    def make() -> Tokens:
+        return Tokens.of(documents(recipe, places, split, held), tokenizer, recipe.min_document_tokens, say)
+
+    known = tokenizer.is_fast and not any(place.startswith(DATASETS) for place in places)
+    if recipe.token_cache is None or not known:
+        return make()  # what a name on the hub holds may change
+    fields = ("text_field", "source_field", "separator", "min_document_tokens", "validation_fraction")
+    key = [
+        state_of(local_files(places)),
+        held,
+        tokenizer.eos_token_id,
+        tokenizer.backend_tokenizer.to_str(),
+        {name: getattr(recipe, name) for name in fields},
+    ]
+    return cached(recipe.token_cache, key, make)
+
+
+def local_files(places: Sequence[str]) -> list[Path]:
+    """The files among the places, in full."""
+    return [file.resolve() for place in places if not place.startswith(DATASETS) for file in files_at(place)]
+
+
+def documents(recipe: TrainingRecipe, places: Sequence[str], split: str, held: bool | None) -> Iterator[Document]:
+    reader = Reader(recipe.text_field, recipe.source_field, recipe.separator, split)
+    for document in reader.documents(places):
+        if held is None or held_out(document, recipe.validation_fraction) == held:
+            yield document
+
+
+def training_texts(recipe: TrainingRecipe) -> Iterator[str]:
+    """What a tokenizer is trained on: nothing that is evaluated on."""
+    held = False if recipe.validation_fraction else None
+    return (document.text for document in documents(recipe, recipe.train, "train", held))

@@ -1,0 +1,172 @@
+"""
+A run: a recipe's text, tokenizer and model, trained, evaluated, logged and saved.
+
+What the run's directory holds afterwards: `recipe.yaml`, `checkpoint-N/`, `model/` with the tokenizer, `figures.jsonl`,
+`losses.png` and `memory.png`, and `result.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
+
+from .console import Console
+from .data import read_data, training_texts
+from .models import check_same, make_config, make_model
+from .recipe import SAVED, TrainingRecipe
+from .run_log import perplexity_table, write_log
+from .tokenizer import train_tokenizer
+from .trainer import HopeTrainer, training_arguments
+
+
+MODEL, RESULT = "model", "result.json"
+Say = Callable[[str], None]
+
+
+def train(
+    recipe: TrainingRecipe, *, resume: bool = False, say: Say = print, callbacks: Sequence[TrainerCallback] = ()
+) -> dict[str, Any]:
+    """
+    Run a recipe.
+
+    Args:
+        resume: go on from the last whole checkpoint in `recipe.out`, to the same losses.
+        say: told what goes on, a line at a time.
+        callbacks: further ones, for Trainer.
+
+    Returns:
+        What `result.json` holds: the last evaluation (`eval_loss`, `eval_perplexity`, `eval_perplexity/SOURCE`, with `_learning`
+        where levels learned), `parameters`, `tokens`, `steps`, `seconds`, `tokens_per_second`, `peak_MiB`.
+
+    Raises:
+        ValueError: the recipe cannot be run, or its directory holds another run: before the first step. Or the loss is no
+            number; then checkpoints stay as they are.
+    """
+    out = Path(recipe.out)
+    checkpoint = last_checkpoint(out) if resume else None
+    check_directory(recipe, out, resume)
+    started = time.perf_counter()
+    arguments = training_arguments(recipe, begins=not resume)
+    main = arguments.process_index == 0
+    tell = say if main else _silent
+    tell(recipe.as_yaml().rstrip())
+    tokenizer = make_tokenizer(recipe, out if resume else None, tell)
+    config = make_config(recipe, tokenizer)
+    if checkpoint:
+        check_same(config, checkpoint)
+    data = read_data(recipe, tokenizer, tell)
+    model = make_model(recipe, config)
+    tell(f"{config.model_type} of {model.num_parameters():,} parameters, {data.describe()}")
+    if main:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / SAVED).write_text(recipe.as_yaml(), encoding="utf-8")
+        tokenizer.save_pretrained(out / MODEL)
+    trainer = HopeTrainer(
+        model, arguments, recipe=recipe, pad=data.pad, evaluated=data.evaluated, probe=data.probe,
+        train_dataset=data.train, processing_class=tokenizer, callbacks=list(callbacks),
+    )  # fmt: skip
+    for kind in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(kind)
+    trainer.add_callback(Console(tell))
+    if resume:
+        tell(f"going on from {checkpoint or 'the start: there is no whole checkpoint'}")
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        metrics = trainer.last_evaluation() if data.evaluated else {}
+        trainer.save_model(str(out / MODEL))
+    finally:  # of a run that ends before, too
+        files = write_log(trainer.state.log_history, out, recipe.plots) if main else []
+    result = {
+        **metrics,
+        "parameters": model.num_parameters(),
+        "tokens": int(trainer.state.num_input_tokens_seen),
+        "steps": trainer.state.global_step,
+        "seconds": round(time.perf_counter() - started, 1),
+        "tokens_per_second": typical([entry.get("tokens_per_second") for entry in trainer.state.log_history]),
+        "peak_MiB": round(peak_memory() / 2**20),
+    }
+    if main:
+        (out / RESULT).write_text(json.dumps(result, indent=2) + "\n")
+        if metrics:
+            tell(perplexity_table(metrics))
+        tell(
+            f"{result['tokens']:,} tokens in {result['seconds']:,.0f} s, {result['tokens_per_second'] or 0:,.0f} a second in training, "
+            f"peak memory {result['peak_MiB']:,} MiB"
+        )
+        tell(f"written: {out}/{MODEL}, {RESULT}, {', '.join(files)}")
+    return result
+
+
+def check_directory(recipe: TrainingRecipe, out: Path, resume: bool) -> None:
+    """
+    Raises:
+        ValueError: the directory holds a run that is not to be resumed, or there is none, or it is of another recipe.
+    """
+    saved = out / SAVED
+    if not resume:
+        if (out / RESULT).is_file() or any(out.glob("checkpoint-*")):
+            raise ValueError(f"`out`: {out} holds a run. `--resume` goes on with it; another needs another directory.")
+        return
+    if not saved.is_file():
+        raise ValueError(f"`--resume`: {out} holds no run ({SAVED} is missing). Leave it out to begin one.")
+    known = TrainingRecipe.from_fields(yaml.safe_load(saved.read_text(encoding="utf-8")))
+    differing = [name for name, value in vars(known).items() if name != "out" and value != getattr(recipe, name)]
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"`--resume`: the run in {out} has `{name}` {getattr(known, name)!r} and not {getattr(recipe, name)!r}: its losses "
+            "would be others. Leave out what differs, or begin another run."
+        )
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """The newest checkpoint that was written to its end, of which the trainer's state is the last file."""
+    found = []
+    for path in out.glob("checkpoint-*"):
+        try:
+            state = json.loads((path / "trainer_state.json").read_text())
+            found.append((state["global_step"], path))
+        except (OSError, ValueError, KeyError):
+            continue  # the run was killed while it wrote this one
+    return max(found)[1] if found else None
+
+
+def make_tokenizer(recipe: TrainingRecipe, out: Path | None, say: Say) -> Any:
+    """The recipe's, or the one that was trained for the run in `out`."""
+    if recipe.train_tokenizer is None:
+        return AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.model)
+    if out is not None:
+        return AutoTokenizer.from_pretrained(out / MODEL)
+    tokenizer = train_tokenizer(training_texts(recipe), recipe.train_tokenizer)
+    say(f"a tokenizer of {len(tokenizer):,} tokens is trained")
+    return tokenizer
+
+
+def typical(values: Sequence[float | None]) -> float | None:
+    """The median of those that there are."""
+    known = sorted(value for value in values if value is not None)
+    return known[len(known) // 2] if known else None
+
+
+def peak_memory() -> int:
+    """Bytes: of the GPU where there is one, else of the process; 0 where that is not known."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _silent(line: str) -> None:
+    """Of processes beside the first."""
