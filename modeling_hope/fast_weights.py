@@ -131,9 +131,42 @@ def fast_linear(module: nn.Module, x: torch.Tensor, rows: Sequence[RowWeight | N
             outputs.append(module(part))
         elif row.whole:
             outputs.append(F.linear(part, row.tensor, module.bias))  # type: ignore[arg-type]
+        elif (
+            can_merge(module) and part.dtype == module.weight.dtype and not torch.is_autocast_enabled(part.device.type)
+        ):
+            outputs.append(_ChangedLinear.apply(part, module.weight, row.tensor, module.bias))
         else:
             outputs.append(module(part) + F.linear(part, row.tensor.to(part.dtype)))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+class _ChangedLinear(torch.autograd.Function):
+    """
+    `(W + Delta) x + bias`, whose gradients reach W and Delta alike, by one product each way.
+
+    The sum is made anew in the backward pass: every segment has another, and keeping all would take the memory of a
+    model each.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, change: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, change)
+        return F.linear(x, weight + change, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = gradients
+        x, weight, change = ctx.saved_tensors
+        for_x, for_weight, for_change, for_bias = ctx.needs_input_grad
+        by_map = gradient.flatten(0, -2).mT @ x.flatten(0, -2) if for_weight or for_change else None
+        return (
+            gradient @ (weight + change) if for_x else None,
+            by_map if for_weight else None,
+            by_map if for_change else None,
+            gradient.flatten(0, -2).sum(0) if for_bias else None,
+        )
 
 
 def _runs(rows: Sequence[RowWeight | None]) -> list[tuple[int, int]]:

@@ -280,12 +280,13 @@ def _updated(
     change = {}
     for name, (tensor, factor) in step.items():
         old, amount = memory.change.get(name), -rate * factor
-        if old is None:
+        kept = old if old is None or not decay else (1 - decay) * old
+        if kept is None:
             change[name] = _like(amount, tensor) * tensor
         elif isinstance(amount, torch.Tensor):
-            change[name] = (1 - decay) * old + _like(amount, tensor) * tensor
+            change[name] = kept + _like(amount, tensor) * tensor
         else:
-            change[name] = torch.add((1 - decay) * old, tensor, alpha=amount)
+            change[name] = torch.add(kept, tensor, alpha=amount)
     return memory.with_change(change, gradient={}, momentum=momentum)
 
 

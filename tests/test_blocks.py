@@ -15,6 +15,7 @@ from transformers.models.granite.modeling_granite import GraniteRMSNorm
 
 from modeling_hope import HopeCache, HopeSession, consolidate
 from modeling_hope.attention import HopeAttention
+from modeling_hope.fast_weights import RowWeight, fast_linear
 from modeling_hope.key_layout import Span
 from modeling_hope.modeling_hope import HopeScaledEmbedding
 from modeling_hope.norm import HopeRMSNorm
@@ -210,3 +211,37 @@ def test_generation_with_and_without_a_memory_agree_in_padded_batches_and_beams(
         said = [model.generate(ids, attention_mask=mask, use_cache=use, **options, **more) for use in (True, False)]
         alone = model.generate(ids[:1, 5:], **options, **more)
         assert torch.equal(*said) and torch.equal(said[0][0, 11:], alone[0, 6:])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_changed_map_gives_gradients_to_weight_and_change_alike(bias):
+    """`(W + Delta) x` by one product, as the two are: outputs, gradients, and gradients of those."""
+
+    class Changed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.map = torch.nn.Linear(3, 2, bias=bias, dtype=torch.float64)
+
+        def forward(self, x, changes):
+            return fast_linear(
+                self.map, x, [RowWeight(changes[0], whole=False), None, RowWeight(changes[1], whole=False)]
+            )
+
+    module, generator = Changed(), torch.Generator().manual_seed(0)
+    names, weights = zip(*module.named_parameters(), strict=True)
+    x, changes = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True)
+        for shape in ((3, 4, 3), (2, 2, 3))
+    )
+
+    def one_product(x, changes, *weights):
+        return torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x, changes))
+
+    def two_products(x, changes, weight, *bias):
+        learned = torch.stack([changes[0], torch.zeros_like(weight), changes[1]])
+        return torch.nn.functional.linear(x, weight, *bias) + x @ learned.mT
+
+    given = (x, changes, *weights)
+    torch.testing.assert_close(one_product(*given), two_products(*given))
+    assert torch.autograd.gradcheck(one_product, given)
+    assert torch.autograd.gradgradcheck(one_product, given)
