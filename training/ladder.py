@@ -157,6 +157,7 @@ class Ladder:
             "out": str(place),
             "seed": seed,
             "learning_rate": rate,
+            "evaluate_every": None,
             **others,
         }
         return train(TrainingRecipe.from_fields(fields), resume=(place / "recipe.yaml").is_file())
@@ -176,7 +177,7 @@ class Ladder:
 
     def _tuning_run(self, name: str, rate: float) -> float:
         place, steps = self.out / "tune" / f"{name}-{rate:g}", self.recipe["steps"] // TUNED_ON
-        return float(self.run(name, place, 0, rate, steps=steps, evaluate_every=None)["eval_perplexity"])
+        return float(self.run(name, place, 0, rate, steps=steps)["eval_perplexity"])
 
     def tuned(self, name: str) -> dict[float, float]:
         """
@@ -186,12 +187,16 @@ class Ladder:
             ValueError: it was not tuned.
         """
         own = RUNGS[name].rate_of or name
-        found = {}
-        for path in (self.out / "tune").glob(f"{own}-*/{RESULT}"):
-            found[float(path.parent.name.rpartition(f"{own}-")[2])] = json.loads(path.read_text())["eval_perplexity"]
-        if not found:
+        results = {
+            path.parent.name.rpartition(f"{own}-")[2]: path for path in (self.out / "tune").glob(f"{own}-*/{RESULT}")
+        }
+        if not results:
             raise ValueError(f"There is no learning rate of {own!r} yet: run `tune --rungs {own}` first.")
+        found = {float(rate): json.loads(path.read_text())["eval_perplexity"] for rate, path in results.items()}
         return dict(sorted(found.items()))
+
+    def is_tuned(self, name: str) -> bool:
+        return any((self.out / "tune").glob(f"{name}-*/{RESULT}"))
 
     def place(self, name: str, seed: int) -> Path:
         return self.out / f"{name}-{seed}"
