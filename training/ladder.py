@@ -108,6 +108,7 @@ def config_of(rung: Rung, recipe: dict[str, Any], parameters: int, vocab_size: i
     if fields.get("model_type") == "llama":
         known = vars(AutoConfig.for_model("llama"))
         fields = {name: value for name, value in fields.items() if name == "model_type" or name in known}
+        fields["initializer_range"] = fields["hidden_size"] ** -0.5  # as Hope's: with Llama's 0.02 it learns slower
     elif isinstance(kind := fields.get("layer_types"), str):
         fields["layer_types"] = [kind] * fields["num_hidden_layers"]
     narrow, wider = (count({**fields, "intermediate_size": width}, vocab_size) for width in (UNIT, 2 * UNIT))
