@@ -248,8 +248,14 @@ def learning_weights(
 
 
 def _alias(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers (no copy), a leaf of their own."""
-    return tensor.detach().view_as(tensor).requires_grad_()
+    """The same numbers (no copy), a leaf of their own. Its gradient is asked for; an outer backward pass leaves none."""
+    alias = tensor.detach().view_as(tensor).requires_grad_()
+    alias.register_post_accumulate_grad_hook(_forget_gradient)
+    return alias
+
+
+def _forget_gradient(alias: torch.Tensor) -> None:
+    alias.grad = None
 
 
 def _zero_change(module: nn.Module) -> torch.Tensor:
