@@ -6,9 +6,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import merge_fsdp_weights
 
 from modeling_hope import HopeConfig, HopeForCausalLM
+from modeling_hope.sharding import in_one_order
 
 from .conftest import FAMILIES, TINY, random_ids
-from .distributed_jobs import LAUNCH, build, launched, sharded_calls, sharded_otherwise, train
+from .distributed_jobs import LAUNCH, build, launched, padded, sharded_calls, sharded_otherwise, train
 from .process_pair import ProcessPair
 
 
@@ -38,8 +39,9 @@ def assert_same(found, expected):
         torch.testing.assert_close(found.parameters[name], parameter, rtol=1e-5, atol=1e-6)
 
 
-def assert_same_training(pair, tmp_path, fields, launch, **options):
-    answers = run(pair, directory=str(tmp_path / "two"), fields=fields, environment=launched(launch), **options)
+def assert_same_training(pair, tmp_path, fields, launch, changes=(), **options):
+    environment = launched(launch, **dict(changes))
+    answers = run(pair, directory=str(tmp_path / "two"), fields=fields, environment=environment, **options)
     expected = train(None, str(tmp_path / "one"), fields, **options)
     for found in answers:
         assert found.sharded == (len(found.parameters) if launch == "fsdp2" else 0)
@@ -96,6 +98,72 @@ def test_checkpoints_go_on_and_load_anywhere(pair, tmp_path, launch, saved):
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, straight.parameters[name], rtol=0, atol=0)
         torch.testing.assert_close(resumed.parameters[name], straight.parameters[name], rtol=1e-9, atol=1e-12)
+
+
+ZERO1 = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}
+ZERO = [("hybrid", training, "zero2", ZERO1) for training in ("static", "first_order", "second_order")]
+ZERO += [
+    (family, training, "zero2", {}) for family in FAMILIES for training in ("static", "first_order", "second_order")
+]
+ZERO += [(family, "static", "zero3", {}) for family in FAMILIES]
+
+
+@pytest.fixture(scope="module")
+def deepspeed_pair():
+    pytest.importorskip("deepspeed")
+    pair = ProcessPair()
+    yield pair
+    pair.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "training", "launch", "changes"), ZERO)
+def test_same_with_deepspeed(deepspeed_pair, tmp_path, family, training, launch, changes):
+    """
+    DeepSpeed needs no GPU, and must not take another PyTorch:
+    `DS_BUILD_OPS=0 pip install --no-deps --no-build-isolation deepspeed`, and what it imports,
+    `pip install einops hjson msgpack ninja psutil py-cpuinfo pydantic tqdm`.
+    """
+    assert_same_training(deepspeed_pair, tmp_path, fields_of(family, training), launch, changes)
+
+
+def arrivals(parameters):
+    """A list to which parameters' indices are added when their gradients are complete."""
+    arrived = []
+    for index, parameter in enumerate(parameters):
+        parameter.register_post_accumulate_grad_hook(lambda _, index=index: arrived.append(index))
+    return arrived
+
+
+WRITTEN = {"memory_read": "chunk", "memory_chunk_size": 6, "projection_chunk_size": 3}
+
+
+@pytest.mark.parametrize("fields", [{}, WRITTEN, LEARNED_RATES])
+@pytest.mark.parametrize("training", ["static", "first_order", "second_order"])
+def test_gradients_arrive_alike_whatever_rows_hold(family, training, fields):
+    """All of them, and in one order: that is what ZeRO-2 reduces them by."""
+    found = set()
+    for lengths in ([27], [9], [8], [5], [4], [3], [2], [1], [9, 2]):
+        model = build(fields_of(family, training, **fields)).train()
+        parameters = [p for n, p in model.named_parameters() if training == "second_order" or "log_" not in n]
+        arrived = arrivals(parameters)
+        model(**padded([random_ids(1, length)[0] for length in lengths]), use_cache=False).logits.sum().backward()
+        assert sorted(arrived) == list(range(len(parameters)))
+        found.add(tuple(arrived))
+    assert len(found) == 1
+
+
+def test_gradients_wait_for_all_that_comes_of_a_place():
+    found = set()
+    for order in ([0, 1, 2], [2, 0, 1]):
+        module = torch.nn.ParameterList(torch.ones(1) for _ in order)
+        arrived = arrivals(module)
+        x = in_one_order(torch.ones(1), module)
+        for index in order:
+            x = x * module[index]
+        x.backward()
+        found.add(tuple(arrived))
+    assert len(found) == 1 and len(found.pop()) == 3
 
 
 def test_calls_around_training_of_sharded_models(pair):
