@@ -82,15 +82,18 @@ def test_same_with_options(pair, tmp_path, family, training, fields, options, la
     ("launch", "saved"), [("ddp", None), ("fsdp2", "FULL_STATE_DICT"), ("fsdp2", "SHARDED_STATE_DICT")]
 )
 def test_checkpoints_go_on_and_load_anywhere(pair, tmp_path, launch, saved):
-    fields = fields_of("attention", "first_order")
     environment = launched(launch, **({"FSDP_STATE_DICT_TYPE": saved} if saved else {}))
+    assert_checkpoints_go_on(pair, tmp_path, fields_of("hybrid", "first_order"), environment)
+
+
+def assert_checkpoints_go_on(pair, tmp_path, fields, environment):
     options = {"fields": fields, "environment": environment, "optim": "adamw_torch", "save_steps": 2, "steps": 4}
     options |= {"save_strategy": "steps", "directory": str(tmp_path)}
     straight = run(pair, **options)[0]
     resumed = run(pair, **options, resume=str(tmp_path / "checkpoint-2"))[0]
     assert resumed.losses == pytest.approx(straight.losses[2:], abs=2e-4)
     folder = tmp_path / "checkpoint-4"
-    if saved == "SHARDED_STATE_DICT":
+    if environment.get("FSDP_STATE_DICT_TYPE") == "SHARDED_STATE_DICT":
         merge_fsdp_weights(str(folder / "pytorch_model_fsdp_0"), str(tmp_path / "merged"))
         folder = tmp_path / "merged"
         HopeConfig(**fields).save_pretrained(folder)
@@ -125,6 +128,35 @@ def test_same_with_deepspeed(deepspeed_pair, tmp_path, family, training, launch,
     `pip install einops hjson msgpack ninja psutil py-cpuinfo pydantic tqdm`.
     """
     assert_same_training(deepspeed_pair, tmp_path, fields_of(family, training), launch, changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "training", "launch", "fields", "options"),
+    [
+        ("hybrid", "first_order", "zero2", {}, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5}),
+        ("hybrid", "first_order", "zero2", {"cms_variant": "nested"}, {"checkpointing": True, "max_grad_norm": 0.1}),
+        ("hybrid", "first_order", "zero2", {}, {"eval_strategy": "steps", "eval_steps": 2}),
+        ("memory", "second_order", "zero2", LEARNED_RATES, {"gradient_accumulation_steps": 2, "steps": 2}),
+        ("hybrid", "static", "zero3", {}, {"gradient_accumulation_steps": 2, "checkpointing": True}),
+        ("hybrid", "static", "zero3", {"cms_learning": False}, {"eval_strategy": "steps", "eval_steps": 2}),
+    ],
+)
+def test_same_with_deepspeed_and_options(deepspeed_pair, tmp_path, family, training, launch, fields, options):
+    assert_same_training(deepspeed_pair, tmp_path, fields_of(family, training, **fields), launch, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launch", "training"), [("zero2", "first_order"), ("zero3", "static")])
+def test_deepspeed_checkpoints_go_on_and_load_anywhere(deepspeed_pair, tmp_path, launch, training):
+    assert_checkpoints_go_on(deepspeed_pair, tmp_path, fields_of("hybrid", training), launched(launch))
+
+
+@pytest.mark.slow
+def test_zero_3_is_refused_where_it_learns(deepspeed_pair, tmp_path):
+    fields = fields_of("hybrid", "first_order")
+    for answer in deepspeed_pair.run(train, directory=str(tmp_path), fields=fields, environment=launched("zero3")):
+        assert "DeepSpeed ZeRO-3 gathers each layer's weights anew" in answer
 
 
 def arrivals(parameters):
