@@ -40,7 +40,9 @@ def training_arguments(recipe: TrainingRecipe, begins: bool) -> TrainingArgument
     # Its name in newer releases, where the older one warns.
     name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, n))
     checkpointing = {name: True} if recipe.gradient_checkpointing else {}
-    others = {"dataloader_pin_memory": torch.cuda.is_available(), **recipe.arguments}
+    # Without saying so, processes on a machine that has no accelerator would not know of each other.
+    bare = not torch.accelerator.is_available()
+    others = {"dataloader_pin_memory": torch.cuda.is_available(), "use_cpu": bare, **recipe.arguments}
     return TrainingArguments(
         output_dir=recipe.out,
         max_steps=recipe.steps or -1,
