@@ -115,7 +115,7 @@ def in_one_order(x: torch.Tensor, model: nn.Module) -> torch.Tensor:
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not torch.is_grad_enabled() or not any(p._post_accumulate_grad_hooks for p in parameters):
         return x
-    return _After.apply(x, *parameters)  # type: ignore[no-any-return]
+    return _After.apply(x, *parameters)
 
 
 class _After(torch.autograd.Function):
@@ -127,7 +127,7 @@ class _After(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return gradient, *[None] * ctx.parameters
 
 

@@ -1,7 +1,7 @@
 """What the processes of a `ProcessPair` do, and one process alone."""
 
 import os
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from modeling_hope import HopeConfig, HopeForCausalLM
 from modeling_hope.modeling_hope import HopeDecoderLayer
+from modeling_hope.training.recipe import TrainingRecipe
+from modeling_hope.training.train import train as train_recipe
 
 from .conftest import random_ids
 
@@ -92,15 +94,35 @@ def train(rank, directory, fields, environment=None, resume=None, steps=3, check
         rank: `None` for one process, which reads each two processes' documents in a batch.
         environment: as `accelerate launch` sets it.
     """
+    with begun(environment):
+        return _train(rank, directory, fields, resume, steps, checkpointing, options)
+
+
+@contextmanager
+def begun(environment):
+    """As in a process that has just begun."""
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
     before = dict(os.environ)
     os.environ.update(environment or {})
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed
+
+        # Processes of one machine would talk through it, once it was compiled, which takes minutes.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
-        return _train(rank, directory, fields, resume, steps, checkpointing, options)
+        yield
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def by_recipe(rank, recipe, environment=None):
+    """What a run of a recipe's fields comes to, and what it said."""
+    said = []
+    with begun(environment):
+        result = train_recipe(TrainingRecipe.from_fields(recipe), say=said.append)
+    return result, said
 
 
 def _train(rank, directory, fields, resume, steps, checkpointing, options):
@@ -116,7 +138,8 @@ def _train(rank, directory, fields, resume, steps, checkpointing, options):
         # Accelerate shards where there are several accelerators, and takes several CPUs for another matter.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     if plugin := arguments.deepspeed_plugin:
-        prepare_deepspeed(plugin)
+        # Or weights as small as these would be whole in every process.
+        plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     model = build(fields)
     trainer = Trainer(
         model, arguments, train_dataset=Documents(), eval_dataset=Documents(), data_collator=padded, callbacks=[watch]
@@ -136,15 +159,6 @@ def _train(rank, directory, fields, resume, steps, checkpointing, options):
         }
     sharded = sum(isinstance(p, DTensor) for p in trainer.model.parameters())
     return Trained(watch.losses, watch.norms, watch.evaluated, parameters, sharded)
-
-
-def prepare_deepspeed(plugin):
-    import deepspeed
-
-    # Processes of one machine would talk through it, once it was compiled, which takes minutes.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Or weights as small as these would be whole in every process.
-    plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
 
 
 def sharded_calls(rank, fields):

@@ -9,7 +9,7 @@ from modeling_hope import HopeConfig, HopeForCausalLM
 from modeling_hope.sharding import in_one_order
 
 from .conftest import FAMILIES, TINY, random_ids
-from .distributed_jobs import LAUNCH, build, launched, padded, sharded_calls, sharded_otherwise, train
+from .distributed_jobs import LAUNCH, build, by_recipe, launched, padded, sharded_calls, sharded_otherwise, train
 from .process_pair import ProcessPair
 
 
@@ -103,6 +103,37 @@ def assert_checkpoints_go_on(pair, tmp_path, fields, environment):
         torch.testing.assert_close(resumed.parameters[name], straight.parameters[name], rtol=1e-9, atol=1e-12)
 
 
+def run_recipe(pair, tmp_path, launch, **config):
+    """A recipe's result by two processes and by one, of the same batches; what the second process says."""
+    (tmp_path / "text.txt").write_text("\n\n".join(f"The keeper of lamp {n} saw {n * n} ships." * 4 for n in range(20)))
+    layers = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "cms_periods": [16, 32]}
+    recipe = {
+        "train": [str(tmp_path / "text.txt")], "separator": "\n\n", "validation_fraction": 0.2, "train_tokenizer": 270,
+        "config": {**layers, "layer_types": ["hope_memory", "full_attention"], **config}, "sequence_length": 32,
+        "steps": 4, "log_every": 1, "evaluate_every": 2, "save_every": 2, "memory_tokens": 32, "plots": False,
+    }  # fmt: skip
+    two, one = ({**recipe, "out": str(tmp_path / out), "batch_size": size} for out, size in (("two", 2), ("one", 4)))
+    answers = pair.run(by_recipe, recipe=two, environment=launched(launch))
+    assert not any(isinstance(answer, str) for answer in answers), answers
+    expected, _ = by_recipe(None, one)
+    for result, _ in answers:
+        for name in (
+            "tokens",
+            "steps",
+            "parameters",
+            *(name for name in expected if "loss" in name or "perpl" in name),
+        ):
+            assert result[name] == pytest.approx(expected[name], rel=1e-4), name
+    assert answers[1][1] == []  # the first process speaks for both
+    model = HopeForCausalLM.from_pretrained(tmp_path / "two" / "model")
+    for name, parameter in HopeForCausalLM.from_pretrained(tmp_path / "one" / "model").named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-3, atol=1e-4)
+
+
+def test_recipes_run_by_several_processes(pair, tmp_path):
+    run_recipe(pair, tmp_path, "ddp", cms_training="first_order")
+
+
 ZERO1 = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}
 ZERO = [("hybrid", training, "zero2", ZERO1) for training in ("static", "first_order", "second_order")]
 ZERO += [
@@ -150,6 +181,11 @@ def test_same_with_deepspeed_and_options(deepspeed_pair, tmp_path, family, train
 @pytest.mark.parametrize(("launch", "training"), [("zero2", "first_order"), ("zero3", "static")])
 def test_deepspeed_checkpoints_go_on_and_load_anywhere(deepspeed_pair, tmp_path, launch, training):
     assert_checkpoints_go_on(deepspeed_pair, tmp_path, fields_of("hybrid", training), launched(launch))
+
+
+@pytest.mark.slow
+def test_recipes_run_with_deepspeed(deepspeed_pair, tmp_path):
+    run_recipe(deepspeed_pair, tmp_path, "zero2", cms_training="second_order")
 
 
 @pytest.mark.slow
