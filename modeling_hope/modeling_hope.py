@@ -48,6 +48,8 @@ class HopeDecoderLayer(GradientCheckpointingLayer):
     With `parallel_residual` the levels read `x` as the mixer does.
     """
 
+    _z3_leaf = True  # DeepSpeed ZeRO-3 gathers a layer as one: how often its parts run turns on the rows' lengths
+
     def __init__(self, config: HopeConfig, layer_idx: int):
         super().__init__()
         self.residual_multiplier, self.parallel = config.residual_multiplier, config.parallel_residual

@@ -41,6 +41,8 @@ class HopeRotaryEmbeddings(nn.ModuleDict):
     As modules they are `global_rope` and `local_rope`: exported programs are Python, to which `global` is no name.
     """
 
+    _z3_leaf = True  # as layers are: how often one is asked turns on the rows' lengths
+
     def __init__(self, config: HopeConfig):
         self.used = used_ropes(config)
         parameters = {"global": config.rope_parameters, "local": config.local_rope_parameters}

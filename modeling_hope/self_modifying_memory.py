@@ -248,6 +248,8 @@ class SelfModifyingMemory(nn.Module):
         Returns:
             The output `[batch, width, hidden_size]`, the new state or `None`, and no attention weights.
         """
+        if self.training:
+            hidden_states = in_every_gradient(hidden_states, self._for_writing())
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
         before = None if state is None else state.tensors["conv"].to(hidden_states.dtype)
         inputs = (
@@ -268,11 +270,7 @@ class SelfModifyingMemory(nn.Module):
                 open_part, tail = plan.open_part(kept).clone(), plan.last_inputs(inputs, CONV_WIDTH - 1).clone()
                 new_state = self._state(weights, open_part, tail)
             read_out = self.output_norm(plan.new_part(read_out))
-        output = self.o_proj(read_out.flatten(2).to(gate.dtype) * gate)
-        if self.training and plan.columns <= plan.size:
-            # Nothing that is written here is read here.
-            output = in_every_gradient(output, self.parameters())
-        return output, new_state, None
+        return self.o_proj(read_out.flatten(2).to(gate.dtype) * gate), new_state, None
 
     def empty_state(self, batch: int, like: torch.Tensor) -> MemoryState:
         """Of rows that have read nothing; `like` gives dtype and device."""
@@ -286,6 +284,14 @@ class SelfModifyingMemory(nn.Module):
     def slots(self, seen: int) -> int:
         """Slots that a row which has read `seen` tokens fills in the growing tensors."""
         return seen % self.chunk_size
+
+    def _for_writing(self) -> list[nn.Parameter]:
+        """Parameters on which what is read may not depend, before a chunk has been written."""
+        found = [] if self.memories.momentum is None else [self.memories.momentum]
+        if self.config.memory_read == "chunk":
+            maps = (self.z_proj, self.k_proj, self.v_proj, self.eta_proj, self.alpha_proj)
+            found += [parameter for module in maps if module is not None for parameter in module.parameters()]
+        return found
 
     def _stream_sizes(self) -> dict[str, int]:
         """Features of what chunks take from the slow maps of every token, besides queries, in their order."""

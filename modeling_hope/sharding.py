@@ -5,7 +5,7 @@ A call that learns takes gradients on its way, as often as its rows have segment
 So nothing that waits for the other processes may happen within it: FSDP2's weights are made whole once, before the first
 run, and are sharded again, with one reduction of their gradients, when the outer backward pass is done. The optimizer's
 state, the master weights and what lies between two steps stay sharded. Calls that do not learn are FSDP2's own, layer by
-layer. DDP acts on gradients that are accumulated, and learning accumulates none.
+layer. DDP and ZeRO-1 and 2 act on gradients that are accumulated, and learning accumulates none.
 """
 
 from __future__ import annotations
@@ -98,9 +98,37 @@ def in_every_gradient(x: torch.Tensor, parameters: Iterable[nn.Parameter]) -> to
     `x`, with a gradient of zero for parameters that it may not depend on.
 
     Processes reduce their gradients together, and wait for each other where one has none for a parameter: whether it has
-    must not turn on what its rows hold.
+    must not turn on what its rows hold. Nor may the order in which gradients arrive, so that this comes before any other
+    use of the parameters, in every call.
     """
     return x + 0 * sum(p.flatten()[0].to(x.dtype) for p in parameters if p.requires_grad)
+
+
+def in_one_order(x: torch.Tensor, model: nn.Module) -> torch.Tensor:
+    """
+    `x`, before which no gradient of the model's parameters arrives: all do once the backward pass is back at `x`.
+
+    DeepSpeed's ZeRO-2 lays gradients end to end as they arrive, and reduces what lies at the same place in all processes.
+    The order in which a backward pass takes its branches is each process's own: it turns on what it ran before, and on
+    the thread that ran it.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not torch.is_grad_enabled() or not any(p._post_accumulate_grad_hooks for p in parameters):
+        return x
+    return _After.apply(x, *parameters)
+
+
+class _After(torch.autograd.Function):
+    """The identity; parameters go into it, so that the gradients that they get elsewhere wait for its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *parameters: nn.Parameter) -> torch.Tensor:
+        ctx.parameters = len(parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return gradient, *[None] * ctx.parameters
 
 
 def _units(model: nn.Module) -> list[Any]:

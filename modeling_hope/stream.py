@@ -26,7 +26,7 @@ from .learning import (
     to_last_segment,
 )
 from .mixer_state import MixerState
-from .sharding import whole_weights
+from .sharding import in_one_order, whole_weights
 from .stream_record import NO_TOKEN
 
 
@@ -172,7 +172,7 @@ class Stream:
         offsets = [self.offsets[row] for row in rows]
         lengths = [stretches[row].length for row in rows]
         width = max(*lengths, 1)
-        embeds = self._embeds(rows, offsets, width)
+        embeds = in_one_order(self._embeds(rows, offsets, width), self.model)
         run = Run(rows, offsets, lengths, embeds)
         span = Span([self.cache.rows[row].seen for row in rows], lengths, width, embeds.device)
         constant = not torch.is_grad_enabled()
@@ -219,6 +219,7 @@ class Stream:
             ]
         )
         embeds, ids = self._segments(rows, opened, lengths)
+        embeds = in_one_order(embeds, self.model)
         learn_here = learn.to(embeds.device)
         connected = [self._connected(row, length) for row, length in zip(rows, lengths, strict=True)]
         weights = run_weights(self.model, cache, rows, learn=True, constant=constant, connected=any(connected))

@@ -1,6 +1,7 @@
 """What the processes of a `ProcessPair` do, and one process alone."""
 
 import os
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
@@ -18,6 +19,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from modeling_hope import HopeConfig, HopeForCausalLM
 from modeling_hope.modeling_hope import HopeDecoderLayer
+from modeling_hope.training.recipe import TrainingRecipe
+from modeling_hope.training.train import train as train_recipe
 
 from .conftest import random_ids
 
@@ -35,8 +38,12 @@ def build(fields, seed=0):
 def launched(name, **changes):
     """The environment that `accelerate launch --config_file` gives its processes, but for mixed precision."""
     command = ["--config_file", str(LAUNCH / f"{name}.yaml"), "--mixed_precision", "no", "train.py"]
-    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
-    environment = prepare_multi_gpu_env(arguments)
+    arguments, file, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(file.deepspeed_config)
+        _, environment = prepare_deepspeed_cmd_env(arguments)
+    else:
+        environment = prepare_multi_gpu_env(arguments)
     taken = {name: value for name, value in environment.items() if name.startswith(("FSDP_", "ACCELERATE_"))}
     return taken | changes
 
@@ -58,7 +65,7 @@ def padded(documents):
 
 
 class Trained(NamedTuple):
-    """Losses and gradient norms by step, losses of evaluations, parameters at the end and how many are sharded."""
+    """Losses and gradient norms by step, losses of evaluations, parameters at the end and how many are sharded by FSDP2."""
 
     losses: list[float]
     norms: list[float]
@@ -87,15 +94,35 @@ def train(rank, directory, fields, environment=None, resume=None, steps=3, check
         rank: `None` for one process, which reads each two processes' documents in a batch.
         environment: as `accelerate launch` sets it.
     """
+    with begun(environment):
+        return _train(rank, directory, fields, resume, steps, checkpointing, options)
+
+
+@contextmanager
+def begun(environment):
+    """As in a process that has just begun."""
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
     before = dict(os.environ)
     os.environ.update(environment or {})
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed
+
+        # Processes of one machine would talk through it, once it was compiled, which takes minutes.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
-        return _train(rank, directory, fields, resume, steps, checkpointing, options)
+        yield
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def by_recipe(rank, recipe, environment=None):
+    """What a run of a recipe's fields comes to, and what it said."""
+    said = []
+    with begun(environment):
+        result = train_recipe(TrainingRecipe.from_fields(recipe), say=said.append)
+    return result, said
 
 
 def _train(rank, directory, fields, resume, steps, checkpointing, options):
@@ -110,6 +137,9 @@ def _train(rank, directory, fields, resume, steps, checkpointing, options):
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         # Accelerate shards where there are several accelerators, and takes several CPUs for another matter.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if plugin := arguments.deepspeed_plugin:
+        # Or weights as small as these would be whole in every process.
+        plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     model = build(fields)
     trainer = Trainer(
         model, arguments, train_dataset=Documents(), eval_dataset=Documents(), data_collator=padded, callbacks=[watch]
@@ -117,10 +147,16 @@ def _train(rank, directory, fields, resume, steps, checkpointing, options):
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trainer.train(resume_from_checkpoint=resume)
-    parameters = {
-        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
-        for name, p in trainer.model.named_parameters()
-    }
+    whole = nullcontext()
+    if arguments.deepspeed_plugin:
+        import deepspeed
+
+        whole = deepspeed.zero.GatheredParameters(list(trainer.model.parameters()))
+    with whole:
+        parameters = {
+            name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+            for name, p in trainer.model.named_parameters()
+        }
     sharded = sum(isinstance(p, DTensor) for p in trainer.model.parameters())
     return Trained(watch.losses, watch.norms, watch.evaluated, parameters, sharded)
 

@@ -64,7 +64,9 @@ def train(
         check_same(config, checkpoint)
     data = read_data(recipe, tokenizer, tell)
     model = make_model(recipe, config)
-    tell(f"{config.model_type} of {model.num_parameters():,} parameters, {data.describe()}")
+    # ZeRO-3 leaves none of them in a process, and says how many there were.
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    tell(f"{config.model_type} of {parameters:,} parameters, {data.describe()}")
     if main:
         out.mkdir(parents=True, exist_ok=True)
         (out / SAVED).write_text(recipe.as_yaml(), encoding="utf-8")
@@ -86,7 +88,7 @@ def train(
         files = write_log(trainer.state.log_history, out, recipe.plots) if main else []
     result = {
         **metrics,
-        "parameters": model.num_parameters(),
+        "parameters": parameters,
         "tokens": int(trainer.state.num_input_tokens_seen),
         "steps": trainer.state.global_step,
         "seconds": round(time.perf_counter() - started, 1),

@@ -40,7 +40,9 @@ def training_arguments(recipe: TrainingRecipe, begins: bool) -> TrainingArgument
     # Its name in newer releases, where the older one warns.
     name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, n))
     checkpointing = {name: True} if recipe.gradient_checkpointing else {}
-    others = {"dataloader_pin_memory": torch.cuda.is_available(), **recipe.arguments}
+    # Without saying so, processes on a machine that has no accelerator would not know of each other.
+    bare = not torch.accelerator.is_available()
+    others = {"dataloader_pin_memory": torch.cuda.is_available(), "use_cpu": bare, **recipe.arguments}
     return TrainingArguments(
         output_dir=recipe.out,
         max_steps=recipe.steps or -1,
@@ -131,8 +133,7 @@ class HopeTrainer(Trainer):
             ValueError: a weight is no number; nothing was written.
         """
         for name, parameter in self.model.named_parameters():
-            own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            if not torch.isfinite(own).all():
+            if not torch.isfinite(own_part(parameter)).all():
                 raise ValueError(
                     f"`{name}` is not finite at step {self.state.global_step}: a gradient was no number. Checkpoints are from "
                     "before it. Lower `learning_rate` or raise `warmup`, in a run with another `out`."
@@ -217,7 +218,7 @@ class HopeTrainer(Trainer):
 
     def _memory(self) -> dict[str, float]:
         model = self.accelerator.unwrap_model(self.model)
-        sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        sharded = any(own_part(parameter) is not parameter for parameter in model.parameters())
         if self.probe is None or sharded or not isinstance(model, HopeForCausalLM):
             return {}
         with self.compute_loss_context_manager():
@@ -239,6 +240,13 @@ class Share(Dataset[Row]):
             return self.rows[place]
         row = self.rows[0]
         return {**row, "labels": torch.full_like(row["labels"], IGNORED)}
+
+
+def own_part(parameter: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a parameter, between steps: itself, where it is whole."""
+    if isinstance(parameter, DTensor):  # FSDP2
+        return parameter.to_local()
+    return getattr(parameter, "ds_tensor", parameter)  # ZeRO-3
 
 
 def perplexity(nats: float, count: int) -> float:
