@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .weights_options import add_weights_options, dtype_of
+from .weights_options import add_weights_options
 
 
 def add_to(commands: Any) -> None:
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
         learning_layers=arguments.learning_layers,
         mixer_layers=arguments.mixer,
         rope_length=arguments.rope_length,
-        dtype=dtype_of(arguments.dtype),
+        dtype=arguments.dtype,
     )
     report = convert_checkpoint(
         arguments.source,

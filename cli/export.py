@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .weights_options import add_weights_options, dtype_of
+from .weights_options import add_weights_options
 
 
 def add_to(commands: Any) -> None:
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     found = export_transformer(
         arguments.model,
         arguments.out,
-        dtype=dtype_of(arguments.dtype),
+        dtype=arguments.dtype,
         check=not arguments.no_check,
         max_shard_size=arguments.max_shard_size,
     )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 
 def add_weights_options(parser: Any) -> None:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
@@ -13,8 +11,3 @@ def add_weights_options(parser: Any) -> None:
     parser.add_argument(
         "--no-check", action="store_true", help="do not compare the two models, for which each is loaded in float32"
     )
-
-
-def dtype_of(name: str) -> torch.dtype | str:
-    """`"bfloat16"` to the dtype; `"auto"` as it is."""
-    return name if name == "auto" else getattr(torch, name)

@@ -61,7 +61,7 @@ def convert(
         mixer_layers: layers whose attention the self-modifying memory replaces. The model is not equal to the source then.
         rope_length: where the source's rotary angles depend on the length of the text (`"dynamic"`, `"longrope"`), read
             all texts as it reads one of this many tokens. `None`: as one within the length it was first trained on.
-        dtype: of the Hope model's weights; `"auto"` for the source's.
+        dtype: of the Hope model's weights, or its name; `"auto"` for the source's.
         tokenizer: to use in place of the source's own, or where it has none.
         revision: a branch, tag or commit on the hub.
         check: compare logits and greedy tokens with the source's, learning off, in float32, and refuse a difference over

@@ -7,10 +7,17 @@ from typing import Any
 import torch
 
 
-def check_dtype(dtype: Any) -> None:
-    """Raise `ValueError` for what is neither a floating `torch.dtype` nor `"auto"`."""
-    if dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"`dtype` must be a floating torch.dtype or 'auto' (the source's), got {dtype!r}.")
+def floating_dtype(dtype: Any) -> torch.dtype | str:
+    """
+    A dtype, by itself or by its name; `"auto"` as it is.
+
+    Raises:
+        ValueError: it is none, or not of floating numbers.
+    """
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if named == "auto" or (isinstance(named, torch.dtype) and named.is_floating_point):
+        return named
+    raise ValueError(f"`dtype` must be a floating torch.dtype, its name, or 'auto' (the source's), got {dtype!r}.")
 
 
 def chosen_dtype(dtype: torch.dtype | str, own: torch.dtype) -> torch.dtype:

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from modeling_hope import HopeConfig, HopeForCausalLM
 
 from .comparison import Comparison, compare
-from .dtype import check_dtype, chosen_dtype, loses_nothing
+from .dtype import chosen_dtype, floating_dtype, loses_nothing
 from .families import FAMILIES
 from .family import Family
 from .plan import on_meta, parameter_infos
@@ -64,7 +64,7 @@ def export_transformer(
             self-modifying memory), or the output directory is not empty. Nothing is written then.
         OSError: there is not enough space, which leaves nothing behind either.
     """
-    check_dtype(dtype)
+    dtype = floating_dtype(dtype)
     check_output(output_dir)
     source = open_source(model, tokenizer=tokenizer)
     plan = ExportPlan(source.config)

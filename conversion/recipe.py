@@ -10,7 +10,7 @@ import torch
 
 from modeling_hope import HopeConfig
 
-from .dtype import check_dtype
+from .dtype import floating_dtype
 from .strategy import STRATEGIES
 
 
@@ -60,7 +60,7 @@ class Recipe:
                 raise ValueError(f"`{name}` must be at least 1 token, got {value}.")
         if self.attention_sinks < 0:
             raise ValueError(f"`attention_sinks` must be 0 or more, got {self.attention_sinks}.")
-        check_dtype(self.dtype)
+        object.__setattr__(self, "dtype", floating_dtype(self.dtype))
         decided = sorted(set(self.config) & set(DECIDED))
         if decided:
             raise ValueError(

@@ -218,13 +218,15 @@ def test_choices_are_checked_before_anything_is_read():
         ({"rope_length": 0}, "rope_length"),
         ({"attention_sinks": -1}, "attention_sinks"),
         ({"dtype": torch.int8}, "dtype"),
-        ({"dtype": "half"}, "dtype"),
+        ({"dtype": "wide"}, "dtype"),
+        ({"dtype": "int8"}, "dtype"),
         ({"config": {"cms_variant": "nested"}}, "cms_variant"),
         ({"config": {"cms_wide": 1}}, "cms_wide"),
     ]
     for fields, message in cases:
         with pytest.raises((ValueError, StrictDataclassError), match=message):
             Recipe(**fields)
+    assert Recipe(dtype="bfloat16").dtype == Recipe(dtype=torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="hidden units"):
         convert(llama(), strategy="split", periods=[2**n for n in range(1, 27)])
 
