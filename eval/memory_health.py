@@ -45,7 +45,7 @@ from modeling_hope.delta_rule import decay_of
 from modeling_hope.eval.memory_tasks import TASKS, make_model, training
 from modeling_hope.memory_chunk import FastWeights, after_chunk, write
 from modeling_hope.memory_rule import SMALLEST, Rule, read, unit
-from modeling_hope.self_modifying_memory import START_DECAY, START_OUTER, START_RATE, Memories, SelfModifyingMemory
+from modeling_hope.self_modifying_memory import START_OUTER, Memories, SelfModifyingMemory
 
 
 Log = Callable[[str], None]
@@ -58,6 +58,8 @@ MOMENTA = (0.0, 0.5)
 SCALES = (0.05, 0.1, 0.2, 0.5)  # of W1
 RATES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 PAIR_RATE = 0.1
+START_RATE: float = HopeConfig().memory_initial_rate  # type: ignore[assignment]
+START_DECAY = HopeConfig().memory_initial_decay
 # Of the pairs, and of the further tokens.
 RATE_PAIRS = ((0.1, 0.1), (0.1, 0.05), (0.1, 0.02), (0.1, 0.01), (0.02, 0.02))
 DECAYS = (0.9, 0.97, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 1.0)

@@ -171,6 +171,10 @@ class HopeConfig(PreTrainedConfig):
             needs. Unset: 2, or 1 where the gradient erases as well (depth 1, `"l2"` and the delta term). At depth 1 with
             `"l2"` and no delta term only the gradients erase, all from the chunk's start, and a key that fills a chunk
             amplifies above `2 / memory_chunk_size`.
+        memory_initial_rate (`float`, *optional*):
+            Inner rate b that a new model's memories begin with. Unset: 0.02, or half of `memory_max_rate` where that is less.
+        memory_initial_decay, memory_initial_momentum (`float`, default to 0.9995 and 0.1):
+            The same of alpha and of the momentum.
         memory_delta_decay (`bool`, defaults to `True`):
             The delta term of delta gradient descent: a write erases along its key.
         memory_momentum (`bool`, defaults to `True`):
@@ -283,6 +287,9 @@ class HopeConfig(PreTrainedConfig):
     memory_objective: str = "l2"
     memory_depth: int = 2
     memory_max_rate: int | float | None = None
+    memory_initial_rate: float | None = None
+    memory_initial_decay: float = 0.9995
+    memory_initial_momentum: float = 0.1
     memory_delta_decay: bool = True
     memory_momentum: bool = True
     memory_weight_decay: bool = True
@@ -349,6 +356,8 @@ class HopeConfig(PreTrainedConfig):
             self.projection_chunk_size = self.memory_chunk_size
         if self.memory_max_rate is None:
             self.memory_max_rate = 1.0 if self.memory_erases_twice else 2.0
+        if self.memory_initial_rate is None:
+            self.memory_initial_rate = min(0.02, self.memory_max_rate / 2)
         self.adaptive_projections = [name for name in PROJECTIONS if name in self.adaptive_projections] + [
             name for name in self.adaptive_projections if name not in PROJECTIONS
         ]
@@ -618,6 +627,9 @@ class HopeConfig(PreTrainedConfig):
                 f"`memory_max_rate` must be at most 1 with memory_depth=1, memory_objective='l2' and memory_delta_decay: the "
                 f"gradient and the delta term both erase, and together would amplify; got {self.memory_max_rate}."
             )
+        for name, most in (("rate", self.memory_max_rate), ("decay", 1), ("momentum", 1)):
+            if not 0 < (value := getattr(self, f"memory_initial_{name}")) < most:
+                raise ValueError(f"`memory_initial_{name}` must be above 0 and below {most}, got {value}.")
 
     def validate_continuum_memory(self) -> None:
         """Part of the strict validation of Transformers' configs."""

@@ -35,7 +35,7 @@ from .sharding import in_every_gradient
 
 CONV_WIDTH = 4
 START_AT_TOKEN, START_NOISE = 0.75, 0.1  # of the convolution
-START_RATE, START_DECAY, START_OUTER, START_MOMENTUM = 0.02, 0.9995, 0.5, 0.1
+START_OUTER = 0.5
 
 
 class MemoryState(MixerState):
@@ -81,6 +81,7 @@ class Memories(nn.Module):
         heads, d, m = config.num_memory_heads, config.memory_head_dim, config.memory_hidden_size
         assert heads is not None and d is not None and m is not None
         self.deep, self.retention, count = config.memory_depth == 2, config.memory_retention, len(names)
+        self.initial_momentum = config.memory_initial_momentum
         self.map_names = ("w2", "w1") if self.deep else ("w",)
         if self.deep:
             self.w2 = nn.Parameter(torch.empty(heads, count, m, d))
@@ -119,7 +120,7 @@ class Memories(nn.Module):
         if self.deep:
             init.constant_(self.gamma, self.gamma.shape[-1] ** -0.5)
         if self.momentum is not None:
-            init.constant_(self.momentum, _logit(START_MOMENTUM))
+            init.constant_(self.momentum, _logit(self.initial_momentum))
 
 
 class HeadScalars(nn.Module):
@@ -213,8 +214,8 @@ class SelfModifyingMemory(nn.Module):
         self.q_proj = nn.Linear(hidden, heads * d, bias=False)
         self.k_proj = None if "k" in self.adaptive else nn.Linear(hidden, heads * d, bias=False)
         self.v_proj = None if "v" in self.adaptive else nn.Linear(hidden, heads * d, bias=False)
-        self.eta_proj = self._scalars("eta", min(START_RATE / float(config.memory_max_rate or 1), 0.5))
-        self.alpha_proj = self._scalars("alpha", START_DECAY) if config.memory_weight_decay else None
+        self.eta_proj = self._scalars("eta", config.memory_initial_rate / config.memory_max_rate)  # type: ignore[operator]
+        self.alpha_proj = self._scalars("alpha", config.memory_initial_decay) if config.memory_weight_decay else None
         self.gate_proj = nn.Linear(hidden, heads * d, bias=False)
         self.output_norm = HopeRMSNorm(d, eps=config.rms_norm_eps)
         self.o_proj = nn.Linear(heads * d, hidden, bias=False)

@@ -9,7 +9,7 @@ from modeling_hope.delta_rule import Chunk, decay_of
 from modeling_hope.key_layout import Span
 from modeling_hope.memory_reference import SlowMemory
 from modeling_hope.memory_rule import Rule
-from modeling_hope.self_modifying_memory import START_DECAY, START_RATE, SelfModifyingMemory
+from modeling_hope.self_modifying_memory import SelfModifyingMemory
 
 from .conftest import MEMORY, random_ids, tiny_model
 
@@ -724,19 +724,27 @@ def test_the_largest_rate_is_one_where_the_gradient_erases_as_well(fields, rate)
 
 
 @pytest.mark.parametrize("adaptive", [["k", "v", "eta", "alpha"], ["k", "v"]], ids=["adaptive", "static"])
-@pytest.mark.parametrize("largest", [2.0, 0.01])
-def test_rates_and_decays_start_where_they_are_told_to(adaptive, largest):
+@pytest.mark.parametrize(
+    ("fields", "rate", "decay"),
+    [
+        ({}, 0.02, 0.9995),
+        ({"memory_max_rate": 0.01}, 0.005, 0.9995),
+        ({"memory_initial_rate": 0.1, "memory_initial_decay": 0.99}, 0.1, 0.99),
+    ],
+    ids=["default", "small", "told"],
+)
+def test_rates_and_decays_start_where_they_are_told_to(adaptive, fields, rate, decay):
     torch.manual_seed(0)
     sizes = {"vocab_size": 10, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = HopeConfig(**sizes, adaptive_projections=adaptive, memory_max_rate=largest)
+    config = HopeConfig(**sizes, adaptive_projections=adaptive, memory_initial_momentum=0.3, **fields)
     mixer = HopeForCausalLM(config).model.layers[0].mixer
     _, kept = mixer._streams(0.5 * noise(1, 256, 64).float(), torch.float32)
     streams = kept[0].permute(1, 2, 0)
     maps, constants = mixer.memories(slice(1, None), 1, torch.float32)
     _, _, rates, log_alpha, _ = mixer._project(maps, constants, streams, noise(2, 32, 256).float())
-    start = min(START_RATE, largest / 2)
-    assert start / 2 < rates.median() < start * 2 and rates.max() < start * 20
-    assert 1 - START_DECAY < (1 - log_alpha.exp()).mean() * 2 < 4 * (1 - START_DECAY)
+    assert rate / 2 < rates.median() < rate * 2 and rates.max() < rate * 20
+    assert 1 - decay < (1 - log_alpha.exp()).mean() * 2 < 4 * (1 - decay)
+    torch.testing.assert_close(mixer.memories.momentum.sigmoid(), torch.full_like(mixer.memories.momentum, 0.3))
 
 
 @pytest.mark.parametrize(
@@ -745,6 +753,10 @@ def test_rates_and_decays_start_where_they_are_told_to(adaptive, largest):
         ({"memory_depth": 3}, "memory_depth"),
         ({"memory_max_rate": 2.5}, "memory_max_rate"),
         ({"memory_max_rate": 0.0}, "memory_max_rate"),
+        ({"memory_initial_rate": 2.0}, "memory_initial_rate"),
+        ({"memory_initial_rate": 0.5, "memory_max_rate": 0.5}, "memory_initial_rate"),
+        ({"memory_initial_decay": 1.0}, "memory_initial_decay"),
+        ({"memory_initial_momentum": 0.0}, "memory_initial_momentum"),
         ({"memory_max_rate": 2, "memory_depth": 1}, "memory_max_rate"),
         ({"memory_chunk_size": 6, "projection_chunk_size": 4}, "memory_chunk_size"),
         ({"memory_chunk_size": 4, "projection_chunk_size": 6}, "projection_chunk_size"),
