@@ -11,7 +11,12 @@ from modeling_hope.training import continued
 from .conftest import chat_tokenizer, tiny_config, tiny_model
 
 
-WINDOW = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 8, "attention_sinks": 2, "cms_periods": [8, 16, None]}
+WINDOW = {
+    "layer_types": ["sliding_attention"] * 2,
+    "sliding_window": 8,
+    "attention_sinks": 2,
+    "cms_periods": [8, 16, None],
+}
 
 
 def test_documents_are_read_and_compared(tmp_path, capsys):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from .ladder_report import write_report
 from .recipe import TrainingRecipe, read_recipe
 from .tokenizer import train_tokenizer
 from .train import RESULT, train
+from .trainer import DivergedError
 
 
 FIRST_RATE = 1.5e-3
@@ -178,7 +180,10 @@ class Ladder:
 
     def _tuning_run(self, name: str, rate: float) -> float:
         place, steps = self.out / "tune" / f"{name}-{rate:g}", self.recipe["steps"] // TUNED_ON
-        return float(self.run(name, place, 0, rate, steps=steps)["eval_perplexity"])
+        try:
+            return float(self.run(name, place, 0, rate, steps=steps)["eval_perplexity"])
+        except DivergedError:
+            return math.inf
 
     def tuned(self, name: str) -> dict[float, float]:
         """
