@@ -326,7 +326,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(corpus, mode):
     config = {**TINY["config"], "cms_training": mode, "cms_learn_rates": True}
     config["bos_token_id"] = 3  # Trainer takes the tokenizer's, which has none
     fields = {"steps": 6, "save_every": 2, "evaluate_every": 3, "accumulate": 2, "batch_size": 1, "config": config}
-    fields |= {"level_periods": "config", "memory_tokens": 40, "evaluation_rows": 2}
+    fields |= {"level_periods": "config", "memory_tokens": 40, "evaluation_rows": 2, "log_every": 4}
     fields |= {"rates_learning_rate": 0.1} if mode == "second_order" else {}
     whole = quietly(recipe_for(corpus, "whole", **fields))
     recipe = recipe_for(corpus, **fields)
@@ -338,6 +338,11 @@ def test_a_killed_run_goes_on_to_the_same_losses(corpus, mode):
         quietly(recipe)
     with pytest.raises(ValueError, match="`learning_rate`"):
         quietly(recipe_for(corpus, **{**fields, "learning_rate": 0.5}), resume=True)
+    more = corpus / "train" / "more.jsonl"
+    more.write_text(json.dumps({"text": text(99)}) + "\n")
+    with pytest.raises(ValueError, match="`train` or `validation` holds other text"):
+        quietly(recipe, resume=True)
+    more.unlink()
     resumed = quietly(recipe, resume=True)
     assert losses_of(corpus / "run") == losses_of(corpus / "whole")
     for name in ("eval_loss", "eval_perplexity/log", "tokens", "levels/change_norm_0"):
@@ -348,7 +353,14 @@ def test_a_killed_run_goes_on_to_the_same_losses(corpus, mode):
 
 def test_a_run_killed_before_its_first_or_after_its_last_checkpoint_goes_on(corpus, monkeypatch):
     """It is evaluated before its first step, and takes no step beyond its last."""
-    fields = {"steps": 3, "save_every": 1, "evaluate_every": 3, "schedule": "constant", "warmup": 0.0, "batch_size": 1}
+    fields = {
+        "steps": 3,
+        "save_every": 1,
+        "evaluate_every": 3,
+        "schedule": "constant",
+        "warmup": 0.0,
+        "batch_size": 1,
+    }
     whole = quietly(recipe_for(corpus, "whole", **fields))
     for out, kill, step in (("first", Kill(1), None), ("last", KillAtSave(3), "checkpoint-3")):
         recipe = recipe_for(corpus, out, **fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,15 @@ class Data:
     evaluated: dict[str, Rows]
     probe: torch.Tensor | None
     pad: int
+
+    def digest(self) -> str:
+        """Of all that is trained and evaluated on: equal for equal rows."""
+        found = hashlib.sha256()
+        for name, rows in (("", self.train), *self.evaluated.items()):
+            found.update(name.encode())
+            for tensor in (rows.tokens.ids, rows.tokens.starts):
+                found.update(tensor.numpy())
+        return found.hexdigest()
 
     def describe(self) -> str:
         counted = f"{len(self.train):,} rows of {len(self.train.tokens.ids):,} tokens from {len(self.train.tokens):,} documents"

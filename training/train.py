@@ -1,8 +1,8 @@
 """
 A run: a recipe's text, tokenizer and model, trained, evaluated, logged and saved.
 
-What the run's directory holds afterwards: `recipe.yaml`, `checkpoint-N/`, `model/` with the tokenizer, `figures.jsonl`,
-`losses.png` and `memory.png`, and `result.json`.
+What the run's directory holds afterwards: `recipe.yaml`, `text.sha256`, by which other text is known on resuming,
+`checkpoint-N/`, `model/` with the tokenizer, `figures.jsonl`, `losses.png` and `memory.png`, and `result.json`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .tokenizer import train_tokenizer
 from .trainer import HopeTrainer, not_written, training_arguments
 
 
-MODEL, RESULT = "model", "result.json"
+MODEL, RESULT, TEXT = "model", "result.json", "text.sha256"
 Say = Callable[[str], None]
 
 
@@ -66,6 +66,9 @@ def train(
     if checkpoint:
         check_same(config, checkpoint)
     data = read_data(recipe, tokenizer, tell)
+    digest = data.digest()
+    if resume:
+        check_text(out, digest)
     model = make_model(recipe, config)
     # ZeRO-3 leaves none of them in a process, and says how many there were.
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
@@ -73,6 +76,7 @@ def train(
     if main and not resume:
         out.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(out / MODEL)
+        write(out / TEXT, digest + "\n")
         write(out / SAVED, recipe.as_yaml())  # last: a run that has it can be resumed
     trainer = HopeTrainer(
         model, arguments, recipe=recipe, pad=data.pad, evaluated=data.evaluated, probe=data.probe,
@@ -153,6 +157,19 @@ def check_directory(recipe: TrainingRecipe, out: Path, resume: bool) -> None:
         raise ValueError(
             f"`--resume`: the run in {out} has `{name}` {getattr(known, name)!r} and not {getattr(recipe, name)!r}: its losses "
             "would be others. Leave out what differs, or begin another run."
+        )
+
+
+def check_text(out: Path, digest: str) -> None:
+    """
+    Raises:
+        ValueError: the run in this directory was begun with other text.
+    """
+    known = out / TEXT
+    if known.is_file() and known.read_text().strip() != digest:
+        raise ValueError(
+            "`--resume`: `train` or `validation` holds other text than when the run was begun: its losses would be others. "
+            "Give the text of then, or begin another run."
         )
 
 

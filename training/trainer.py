@@ -149,6 +149,11 @@ class HopeTrainer(Trainer):
         self.control.should_training_stop = True
         return [], None
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """With every checkpoint the loss is logged: a mean of steps before and after it would be lost on those before."""
+        self.control.should_log |= self.control.should_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """
         Raises:
