@@ -17,6 +17,8 @@ import argparse
 import copy
 import json
 import math
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,12 +140,17 @@ class Ladder:
     parameters: int
 
     def tokenizer(self) -> Path:
-        """Trained once, by the first to ask."""
+        """Trained once, by the first to ask; whole as soon as it is there, as others may ask meanwhile."""
         place = self.out / "tokenizer"
         if not place.is_dir():
             recipe = TrainingRecipe.from_fields({**self.recipe, "out": str(self.out)})
             trained = train_tokenizer(training_texts(recipe), self.recipe["train_tokenizer"])
-            trained.save_pretrained(place)
+            staged = place.with_name(f"{place.name}.{os.getpid()}")
+            trained.save_pretrained(staged)
+            try:
+                staged.rename(place)
+            except OSError:  # another was faster, with the same
+                shutil.rmtree(staged)
         return place
 
     def run(self, name: str, place: Path, seed: int, rate: float, **others: Any) -> dict[str, Any]:
