@@ -40,7 +40,7 @@ class Data:
         for name, rows in (("", self.train), *self.evaluated.items()):
             found.update(name.encode())
             for tensor in (rows.tokens.ids, rows.tokens.starts):
-                found.update(tensor.numpy())
+                found.update(tensor.numpy().data)
         return found.hexdigest()
 
     def describe(self) -> str:

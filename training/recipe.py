@@ -256,7 +256,7 @@ class _EachOnce(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: list[Any] = []
         for key, _ in node.value:
-            name = self.construct_object(key, deep=True)  # type: ignore[no-untyped-call]
+            name = self.construct_object(key, deep=True)
             if name in seen:
                 raise yaml.MarkedYAMLError(problem=f"`{name}` stands there twice", problem_mark=key.start_mark)
             seen.append(name)
