@@ -21,7 +21,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, StrictDataclassError) as error:
         # Of a strict config's error the last line says what is wrong.
         strict = isinstance(error, StrictDataclassError)
-        message = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ") if strict else error
+        message = (
+            str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ").removeprefix("TypeError: ")
+            if strict
+            else error
+        )
         print(f"hope: {message}", file=sys.stderr)
         return 2
     except ImportError as error:

@@ -83,7 +83,10 @@ def add_field(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
 
 def scalar(text: str) -> Any:
     """A number, `none`, or a word, as YAML has them."""
-    return None if text == "none" else yaml.safe_load(text)
+    try:
+        return None if text == "none" else yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
 
 
 def word(text: str) -> str | None:

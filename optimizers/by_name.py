@@ -66,9 +66,11 @@ def make_optimizer(
     if kind is DeltaGradientDescent:
         options["model"] = model
     groups = _groups(name, model, periods, rates_lr)
-    if periods is None:
-        return kind(groups, **options)
-    return MultiFrequency(kind(groups, **options), **wrapping)
+    try:
+        optimizer = kind(groups, **options)
+    except (TypeError, IndexError, RuntimeError) as error:
+        raise ValueError(f"{name!r} cannot be with these options, {options}: {error}.") from error
+    return optimizer if periods is None else MultiFrequency(optimizer, **wrapping)
 
 
 def _groups(
@@ -76,6 +78,8 @@ def _groups(
 ) -> list[dict[str, Any]]:
     paces: dict[nn.Parameter, int] = {}
     if periods is not None:
+        if not hasattr(model.config, "cms_periods"):
+            raise ValueError("`level_periods` is for models with levels, and `model` has none: leave it out.")
         steps = level_periods(model, None if periods == "config" else periods)  # type: ignore[arg-type]
         paces = {parameter: steps[level] for parameter, level in level_of_parameters(model).items()}
     outer = _embeddings(model)

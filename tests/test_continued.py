@@ -38,6 +38,14 @@ def test_documents_are_read_and_compared(tmp_path, capsys):
     assert capsys.readouterr().out.count("\n") == 4  # what was there is not read again
     continued.main(["report", "--out", str(out), "--results", str(results)])
     found = json.loads((results / "continued.json").read_text())["story"]
+    with pytest.raises(ValueError, match="two are called 'story'"):
+        continued.main([*read, *models, "--documents", str(documents), str(documents)])
+    with pytest.raises(SystemExit):
+        continued.main([*read, str(tmp_path)])
+    continued.place(out, "trained", "native", "story").unlink()
+    continued.main([*read, models[0], "--tokens", "16"])
+    with pytest.raises(ValueError, match="'story' some readings have more tokens"):
+        continued.main(["report", "--out", str(out)])
     ours = found["converted"]
     assert found["trained"].keys() == ours.keys() == set(continued.READINGS)
     for reading in ours.values():

@@ -1,6 +1,7 @@
 """The ladder: rungs of equal size, learning rates by their perplexity, runs that are passed over where they are done."""
 
 import json
+import math
 
 import pytest
 import yaml
@@ -8,6 +9,7 @@ import yaml
 from modeling_hope.training import ladder
 from modeling_hope.training.ladder import RUNGS, config_of, count
 from modeling_hope.training.recipe import read_recipe
+from modeling_hope.training.trainer import DivergedError
 
 
 SMALL = {
@@ -55,7 +57,12 @@ def test_a_small_ladder(tmp_path, monkeypatch, capsys):
     ladder.main(["run", *shared, "--rungs", *names, "--seeds", "0"])
     tuned = {float(name.partition("-")[2]): json.loads(path.read_text()) for name, path in places.items()}
     best = min(sorted(tuned), key=lambda rate: tuned[rate]["eval_perplexity"])
-    monkeypatch.setattr(ladder, "train", None)  # nothing is run twice
+
+    def diverge(*args, **kwargs):
+        raise DivergedError("The loss is nan.")
+
+    monkeypatch.setattr(ladder, "train", diverge)  # nothing is run twice
+    assert ladder.Ladder(out, SMALL, 60000)._tuning_run("transformer", 1e3) == math.inf  # the tuning goes on
     ladder.main(["run", *shared, "--rungs", *names, "--seeds", "0"])
     ladder.main(["report", *shared, "--results", str(results)])
     report = json.loads((results / "ladder.json").read_text())

@@ -1,6 +1,7 @@
 """`hope train`: recipes, text, rows, evaluation, resuming, and what is refused before the first step."""
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -11,17 +12,18 @@ import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from modeling_hope import HopeCache, HopeForCausalLM
 from modeling_hope.cli.main import main
 from modeling_hope.cli.train import add_to, recipe_of
 from modeling_hope.training.memory_figures import memory_figures
-from modeling_hope.training.recipe import RECIPES, TrainingRecipe, read_recipe
+from modeling_hope.training.recipe import DECIDED, RECIPES, REFUSED, TrainingRecipe, read_recipe
 from modeling_hope.training.rows import Rows, Tokens, collate, targets
 from modeling_hope.training.sources import Document, Reader
 from modeling_hope.training.tokenizer import train_tokenizer
 from modeling_hope.training.train import last_checkpoint, train
+from modeling_hope.training.trainer import training_arguments
 
 from .conftest import random_ids, tiny_config, tiny_model
 
@@ -128,14 +130,29 @@ def test_a_recipe_that_cannot_be_is_refused_by_the_name_of_its_field(tmp_path):
         ({"level_periods": "often"}, "`level_periods`"),
         ({"arguments": {"learning_rate": 1.0}}, "`arguments` has `learning_rate`"),
         ({"arguments": {"lerning": 1.0}}, "no such field"),
+        ({"arguments": {"logging_first_step": False}}, "`arguments` has `logging_first_step`"),
+        ({"arguments": {"save_only_model": True}}, "a killed run could not go on"),
+        ({"seed": -1}, "`seed` must be 0 or more"),
+        ({"seed": 2**32}, "`seed` must be below"),
     ):
         with pytest.raises((ValueError, StrictDataclassError), match=named):
             TrainingRecipe.from_fields({**good, **fields})
     (tmp_path / "list.yaml").write_text("- a\n")
     (tmp_path / "broken.yaml").write_text("a: [")
-    for name, named in (("list.yaml", "holds no fields"), ("broken.yaml", "no YAML"), ("none.yaml", "smoke")):
+    (tmp_path / "twice.yaml").write_text("steps: 1\nepochs: 2\nsteps: 3\n")
+    (tmp_path / "latin.yaml").write_bytes(b"out: caf\xe9\n")
+    for name, named in (("twice.yaml", "`steps` stands there twice.*line 3"), ("latin.yaml", "latin.yaml is no UTF-8")):
         with pytest.raises(ValueError, match=named):
             read_recipe(tmp_path / name)
+    for name, named in (("list.yaml", "holds no fields"), ("broken.yaml", "no recipe"), ("none.yaml", "smoke")):
+        with pytest.raises(ValueError, match=named):
+            read_recipe(tmp_path / name)
+
+
+def test_a_flag_that_is_no_number_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse("--steps", "[")
+    assert "argument --steps: '[' is no number" in capsys.readouterr().err
 
 
 def test_flags_are_the_fields_of_a_file(tmp_path):
@@ -164,6 +181,15 @@ def test_flags_are_the_fields_of_a_file(tmp_path):
             ["--continue", "model", "--train", "a.txt", "--validation", "b.txt"] if path.stem == "continue" else []
         )
         assert parse(path.stem, "--out", "run", *continued).out == "run"
+
+
+def test_any_other_field_of_transformers_arguments_is_taken(corpus):
+    fields = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    for name in fields.keys() - DECIDED - REFUSED.keys():
+        default = None if fields[name] is dataclasses.MISSING else fields[name]
+        assert training_arguments(recipe_for(corpus, arguments={name: default}), begins=True).seed == 0
+    with pytest.raises(ValueError, match="`arguments`: "):
+        training_arguments(recipe_for(corpus, arguments={"dataloader_num_workers": "x"}), begins=True)
 
 
 def test_a_tokenizer_gives_any_text_back(tmp_path):
@@ -277,6 +303,16 @@ class Kill(TrainerCallback):
             raise KeyboardInterrupt
 
 
+class KillAtSave(Kill):
+    """The checkpoint of that step is written whole."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        pass
+
+    def on_save(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control)
+
+
 class Poison(TrainerCallback):
     """Its second step leaves a weight that is no number."""
 
@@ -290,7 +326,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(corpus, mode):
     config = {**TINY["config"], "cms_training": mode, "cms_learn_rates": True}
     config["bos_token_id"] = 3  # Trainer takes the tokenizer's, which has none
     fields = {"steps": 6, "save_every": 2, "evaluate_every": 3, "accumulate": 2, "batch_size": 1, "config": config}
-    fields |= {"level_periods": "config", "memory_tokens": 40, "evaluation_rows": 2}
+    fields |= {"level_periods": "config", "memory_tokens": 40, "evaluation_rows": 2, "log_every": 4}
     fields |= {"rates_learning_rate": 0.1} if mode == "second_order" else {}
     whole = quietly(recipe_for(corpus, "whole", **fields))
     recipe = recipe_for(corpus, **fields)
@@ -302,12 +338,74 @@ def test_a_killed_run_goes_on_to_the_same_losses(corpus, mode):
         quietly(recipe)
     with pytest.raises(ValueError, match="`learning_rate`"):
         quietly(recipe_for(corpus, **{**fields, "learning_rate": 0.5}), resume=True)
+    more = corpus / "train" / "more.jsonl"
+    more.write_text(json.dumps({"text": text(99)}) + "\n")
+    with pytest.raises(ValueError, match="`train` or `validation` holds other text"):
+        quietly(recipe, resume=True)
+    more.unlink()
     resumed = quietly(recipe, resume=True)
     assert losses_of(corpus / "run") == losses_of(corpus / "whole")
     for name in ("eval_loss", "eval_perplexity/log", "tokens", "levels/change_norm_0"):
         assert resumed[name] == whole[name]
     ours, theirs = (AutoModelForCausalLM.from_pretrained(corpus / run / "model") for run in ("run", "whole"))
     assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+
+
+def test_a_run_killed_before_its_first_or_after_its_last_checkpoint_goes_on(corpus, monkeypatch):
+    """It is evaluated before its first step, and takes no step beyond its last."""
+    fields = {
+        "steps": 3,
+        "save_every": 1,
+        "evaluate_every": 3,
+        "schedule": "constant",
+        "warmup": 0.0,
+        "batch_size": 1,
+    }
+    whole = quietly(recipe_for(corpus, "whole", **fields))
+    for out, kill, step in (("first", Kill(1), None), ("last", KillAtSave(3), "checkpoint-3")):
+        recipe = recipe_for(corpus, out, **fields)
+        with pytest.raises(KeyboardInterrupt):
+            quietly(recipe, callbacks=[kill])
+        if step:  # killed while it wrote the model, too
+            (corpus / out / "model" / "tokenizer.json").write_text("{")
+        assert last_checkpoint(corpus / out) == (corpus / out / step if step else None)
+        resumed = quietly(recipe, resume=True)
+        for name in ("steps", "tokens", "eval_loss"):
+            assert resumed[name] == whole[name], (out, name)
+        found, expected = (
+            [
+                {name: value for name, value in json.loads(line).items() if name in ("step", "loss", "eval_loss")}
+                for line in (corpus / run / "figures.jsonl").open()
+                if "loss" in line
+            ]
+            for run in (out, "whole")
+        )
+        assert [entry for entry in found if len(entry) > 1] == [entry for entry in expected if len(entry) > 1], out
+        ours, theirs = (AutoModelForCausalLM.from_pretrained(corpus / run / "model") for run in (out, "whole"))
+        assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+    monkeypatch.setattr("modeling_hope.training.train.write", None)
+    with pytest.raises(TypeError):
+        quietly(recipe_for(corpus, "early", **fields))
+    assert list((corpus / "early" / "model").iterdir())  # the tokenizer comes first: what has a recipe has all
+    with pytest.raises(ValueError, match="holds no run"):
+        quietly(recipe_for(corpus, "early", **fields), resume=True)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(corpus, monkeypatch):
+    saved = Trainer._save_optimizer_and_scheduler
+
+    def full(self, place):
+        if self.state.global_step == 2:
+            raise RuntimeError("PytorchStreamWriter failed writing file: no space left")
+        saved(self, place)
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
+    recipe = recipe_for(corpus, save_every=1, keep_checkpoints=1)
+    with pytest.raises(OSError, match=r"`out`: the checkpoint of step 2 cannot be written .* Make room"):
+        quietly(recipe)
+    assert last_checkpoint(corpus / "run").name == "checkpoint-1"
+    monkeypatch.undo()
+    assert quietly(recipe, resume=True)["steps"] == 4
 
 
 def test_training_on_with_learning_on(corpus):
@@ -343,6 +441,10 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(corpus):
     (corpus / "other.jsonl").write_text('{"content": "a"}\n')
     (corpus / "broken.jsonl").write_text('{"text"\n')
     (corpus / "latin.txt").write_bytes(b"caf\xe9")
+    (corpus / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    (corpus / "half.jsonl").write_text('{"text": "caf\\ud83d"}\n')
+    (corpus / "deep.jsonl").write_text("[" * 200_000)
+    (corpus / "none.jsonl").write_text('{"text": null}\n')
     (corpus / "one.txt").write_text("a b c")
     train_tokenizer([text(0)], 300).save_pretrained(corpus / "larger")
     kept = {"train_tokenizer": None, "config": {}, "model": base}
@@ -352,6 +454,17 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(corpus):
         ("no field", {"train": [str(corpus / "other.jsonl")]}, "`text_field`"),
         ("no JSON", {"train": [str(corpus / "broken.jsonl")]}, "broken.jsonl, line 1"),
         ("no UTF-8", {"train": [str(corpus / "latin.txt")]}, "no UTF-8"),
+        ("no UTF-8 line", {"train": [str(corpus / "latin.jsonl")]}, "latin.jsonl, line 1 is no UTF-8"),
+        ("half a character", {"train": [str(corpus / "half.jsonl")]}, "half.jsonl, line 1 has half of a character"),
+        ("deep", {"train": [str(corpus / "deep.jsonl")]}, "deep.jsonl, line 1 is no JSON"),
+        ("null", {"train": [str(corpus / "none.jsonl")]}, r"it has text \(NoneType\)"),
+        ("out", {"out": str(corpus / "one.txt")}, "`out`: nothing can be written"),
+        ("below a file", {"out": str(corpus / "one.txt" / "run")}, "`out`: nothing can be written"),
+        ("token cache", {"token_cache": str(corpus / "one.txt")}, "`token_cache`"),
+        ("no model", {**kept, "model": str(corpus / "nothing")}, "`model`: .*nothing is no directory"),
+        ("no tokenizer", {"train_tokenizer": None, "tokenizer": str(corpus / "train")}, "`tokenizer`: .*train does not load"),
+        ("no config", {"config_from": str(corpus / "nothing")}, "`config_from`: "),
+        ("same split", {"train": ["datasets:a"], "validation": ["datasets:a::train"]}, "`validation`: .* is trained on"),
         ("no file", {"train": [str(corpus / "nothing")]}, "names no text"),
         ("other file", {"train": [str(corpus / "base" / "model" / "config.json")]}, "is none of"),
         ("no documents", {"train": [str(corpus / "one.txt")], "min_document_tokens": 99}, "no document is left to train"),
@@ -365,8 +478,13 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(corpus):
         ("other shapes", {**kept, "config": {"hidden_size": 32, "head_dim": 8}}, "other shapes"),
         ("fewer weights", {**kept, "config": {"num_hidden_layers": 2, "layer_types": None, "layer_ropes": None, "cms_levels_per_layer": None}}, "lacks"),
         ("optimizer", {"optimizer_options": {"beta": 1}}, "no option `beta`"),
+        ("two rates", {"optimizer_options": {"lr": 1}}, "`optimizer_options` has `lr`"),
+        ("option value", {"optimizer_options": {"betas": [0.9]}}, "'adamw' cannot be with these options"),
+        ("no levels", {"level_periods": "config", "config": {"model_type": "llama", **LLAMA}}, "`level_periods` is for"),
+        ("schedule", {"schedule": "warmup_stable_decay"}, "`lr_scheduler_kwargs` in `arguments`"),
         ("rates", {**kept, "rates_learning_rate": 0.1}, "cms_learn_rates=true"),
         ("report", {"report_to": ["comet_ml"]}, "comet_ml is not installed"),
+        ("no such report", {"report_to": ["none"]}, "`report_to` must be of"),
         ("levels", {"level_periods": [1, 2, 3]}, "one for each of 2 levels"),
     ):  # fmt: skip
         with pytest.raises((ValueError, StrictDataclassError), match=named):

@@ -35,7 +35,15 @@ SAVED = "readings"
 
 
 def read_documents(models: dict[str, Path], documents: Sequence[Path], tokens: int, out: Path) -> None:
-    """Write a reading of each document by each model, `out/readings/MODEL/READING/DOCUMENT.json`."""
+    """
+    Write a reading of each document by each model, `out/readings/MODEL/READING/DOCUMENT.json`.
+
+    Raises:
+        ValueError: two documents have one name, by which readings are kept.
+    """
+    names = [document.stem for document in documents]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"`documents`: two are called {twice[0]!r}. Rename one, or leave it out.")
     for name, path in models.items():
         tokenizer = AutoTokenizer.from_pretrained(path)
         for kind in READINGS:
@@ -72,7 +80,7 @@ def write_report(out: Path, results: Path, first: str = "converted") -> None:
     Write `continued.json` and `continued.md`, second-half perplexities. `first`: the model that the others are compared with.
 
     Raises:
-        ValueError: nothing was read, or not everything.
+        ValueError: nothing was read, or not everything, or not as much of a document by all.
     """
     found: dict[str, Any] = {}
     for path in sorted((out / SAVED).glob("*/*/*.json")):
@@ -86,6 +94,11 @@ def write_report(out: Path, results: Path, first: str = "converted") -> None:
     ]
     if missing:
         raise ValueError(f"`out`: {missing[0]} was not read. Run `read` with all models and documents first.")
+    for document, by_model in found.items():
+        if len({reading["tokens"] for readings in by_model.values() for reading in readings.values()}) > 1:
+            raise ValueError(
+                f"`out`: of {document!r} some readings have more tokens than others. Delete {out / SAVED} and read again."
+            )
     results.mkdir(parents=True, exist_ok=True)
     (results / "continued.json").write_text(json.dumps(found, indent=1) + "\n")
     head = "| document |" + "".join(f" {name} |" * len(READINGS) for name in names)
@@ -142,6 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="of each document, at most")
     parser.add_argument("--results", type=Path, default=Path("training/results"), help="where the report goes")
     given = parser.parse_args(arguments)
+    if unnamed := [model for model in given.models if not all(model.partition("="))]:
+        parser.error(f"argument --models: {unnamed[0]!r}: give NAME=DIR, e.g. converted={unnamed[0].strip('=')}")
     if given.what == "read":
         models = {name: Path(path) for name, _, path in (model.partition("=") for model in given.models)}
         read_documents(models, given.documents, given.tokens, given.out)

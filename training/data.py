@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from .recipe import TrainingRecipe
 from .rows import Rows, Tokens
-from .sources import DATASETS, Document, Reader, files_at, held_out
+from .sources import DATASETS, Document, Reader, dataset_at, files_at, held_out
 from .token_cache import cached, state_of
 
 
@@ -33,6 +34,15 @@ class Data:
     probe: torch.Tensor | None
     pad: int
 
+    def digest(self) -> str:
+        """Of all that is trained and evaluated on: equal for equal rows."""
+        found = hashlib.sha256()
+        for name, rows in (("", self.train), *self.evaluated.items()):
+            found.update(name.encode())
+            for tensor in (rows.tokens.ids, rows.tokens.starts):
+                found.update(tensor.numpy().data)
+        return found.hexdigest()
+
     def describe(self) -> str:
         counted = f"{len(self.train):,} rows of {len(self.train.tokens.ids):,} tokens from {len(self.train.tokens):,} documents"
         if not self.evaluated:
@@ -42,6 +52,20 @@ class Data:
         return f"{counted}; {tokens:,} tokens of {sources} to evaluate on"
 
 
+def check_apart(recipe: TrainingRecipe) -> None:
+    """
+    Raises:
+        ValueError: text to evaluate on is trained on, too.
+    """
+    seen = set(local_files(recipe.train))
+    if shared := [file for file in local_files(recipe.validation) if file in seen]:
+        raise ValueError(f"`validation`: {shared[0]} is trained on. Give other text, or set `validation_fraction`.")
+    named = {dataset_at(place, "train") for place in recipe.train if place.startswith(DATASETS)}
+    for place in recipe.validation:
+        if place.startswith(DATASETS) and dataset_at(place, "validation") in named:
+            raise ValueError(f"`validation`: {place} is trained on. Give another split, or set `validation_fraction`.")
+
+
 def read_data(recipe: TrainingRecipe, tokenizer: Any, say: Say) -> Data:
     """
     Read, tokenize, split and cut.
@@ -49,9 +73,6 @@ def read_data(recipe: TrainingRecipe, tokenizer: Any, say: Say) -> Data:
     Raises:
         ValueError: a place holds no text, or nothing is left of a split.
     """
-    seen = set(local_files(recipe.train))
-    if shared := [file for file in local_files(recipe.validation) if file in seen]:
-        raise ValueError(f"`validation`: {shared[0]} is trained on. Give other text, or set `validation_fraction`.")
     pad = tokenizer.pad_token_id
     pad = pad if pad is not None else tokenizer.eos_token_id or 0
     fraction = recipe.validation_fraction

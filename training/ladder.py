@@ -16,6 +16,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +34,7 @@ from .ladder_report import write_report
 from .recipe import TrainingRecipe, read_recipe
 from .tokenizer import train_tokenizer
 from .train import RESULT, train
+from .trainer import DivergedError
 
 
 FIRST_RATE = 1.5e-3
@@ -136,12 +140,17 @@ class Ladder:
     parameters: int
 
     def tokenizer(self) -> Path:
-        """Trained once, by the first to ask."""
+        """Trained once, by the first to ask; whole as soon as it is there, as others may ask meanwhile."""
         place = self.out / "tokenizer"
         if not place.is_dir():
             recipe = TrainingRecipe.from_fields({**self.recipe, "out": str(self.out)})
             trained = train_tokenizer(training_texts(recipe), self.recipe["train_tokenizer"])
-            trained.save_pretrained(place)
+            staged = place.with_name(f"{place.name}.{os.getpid()}")
+            trained.save_pretrained(staged)
+            try:
+                staged.rename(place)
+            except OSError:  # another was faster, with the same
+                shutil.rmtree(staged)
         return place
 
     def run(self, name: str, place: Path, seed: int, rate: float, **others: Any) -> dict[str, Any]:
@@ -178,7 +187,10 @@ class Ladder:
 
     def _tuning_run(self, name: str, rate: float) -> float:
         place, steps = self.out / "tune" / f"{name}-{rate:g}", self.recipe["steps"] // TUNED_ON
-        return float(self.run(name, place, 0, rate, steps=steps)["eval_perplexity"])
+        try:
+            return float(self.run(name, place, 0, rate, steps=steps)["eval_perplexity"])
+        except DivergedError:
+            return math.inf
 
     def tuned(self, name: str) -> dict[float, float]:
         """

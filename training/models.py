@@ -31,7 +31,7 @@ def make_config(recipe: TrainingRecipe, tokenizer: Any) -> Any:
     fields = copy.deepcopy(recipe.config)
     place = recipe.model or recipe.config_from
     if place:
-        config = AutoConfig.from_pretrained(place)
+        config = load(AutoConfig, place, "model" if recipe.model else "config_from")
         kind = fields.pop("model_type", config.model_type)
         if kind != config.model_type:
             raise ValueError(f"`config` has model_type {kind!r} and {place} is a {config.model_type!r}: leave it out.")
@@ -98,6 +98,23 @@ def check_same(config: Any, checkpoint: Path) -> None:
         raise ValueError(
             f"{checkpoint} is of another config: its `{name}` is {saved.get(name)!r}, the recipe's {ours.get(name)!r}. Give another --out."
         )
+
+
+def load(kind: Any, place: str, field: str) -> Any:
+    """
+    A config or a tokenizer.
+
+    Raises:
+        ValueError: the place holds none that can be read; the field that names it is named.
+    """
+    try:
+        return kind.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        if Path(place).is_dir():
+            raise ValueError(f"`{field}`: {place} does not load: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"`{field}`: {place} is no directory that is here, and no name on the hub that can be read now. Give another."
+        ) from error
 
 
 def _change(config: Any, fields: dict[str, Any]) -> None:

@@ -161,6 +161,9 @@ class TrainingRecipe:
         decided = sorted(set(self.arguments) & DECIDED)
         if decided:
             raise ValueError(f"`arguments` has `{decided[0]}`, which other fields of the recipe decide: leave it out.")
+        for name, why in REFUSED.items():
+            if self.arguments.get(name):
+                raise ValueError(f"`arguments` has `{name}`, with which {why}: leave it out.")
         known = {field.name for field in dataclasses.fields(TrainingArguments)}
         if unknown := sorted(set(self.arguments) - known):
             raise ValueError(f"`arguments` has `{unknown[0]}`: TrainingArguments has no such field.")
@@ -171,6 +174,8 @@ class TrainingRecipe:
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
                 raise ValueError(f"`{name}` must be {least} or more, got {value}.")
+        if not self.seed < 2**32:
+            raise ValueError(f"`seed` must be below 2**32, got {self.seed}.")
         for name in ("learning_rate", "rates_learning_rate", "epochs"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -201,7 +206,7 @@ class TrainingRecipe:
 LEAST = {
     "sequence_length": 2, "evaluation_length": 2, "min_document_tokens": 2, "steps": 1, "batch_size": 1, "accumulate": 1,
     "weight_decay": 0, "max_grad_norm": 0, "evaluate_every": 1, "evaluation_rows": 1, "memory_tokens": 0, "log_every": 1,
-    "save_every": 1, "keep_checkpoints": 1, "train_tokenizer": 258,
+    "save_every": 1, "keep_checkpoints": 1, "train_tokenizer": 258, "seed": 0,
 }  # fmt: skip
 # Fields of TrainingArguments that a recipe sets by another name.
 DECIDED = {
@@ -210,8 +215,14 @@ DECIDED = {
     "max_grad_norm", "label_smoothing_factor", "bf16", "gradient_checkpointing", "seed", "data_seed", "eval_strategy",
     "eval_steps", "logging_steps", "logging_nan_inf_filter", "save_strategy", "save_steps", "save_total_limit",
     "report_to", "remove_unused_columns", "optim", "include_num_input_tokens_seen", "push_to_hub",
-    "resume_from_checkpoint", "eval_on_start", "activation_checkpointing",
+    "resume_from_checkpoint", "eval_on_start", "activation_checkpointing", "logging_first_step",
 }  # fmt: skip
+# Further ones, and what would not hold with them.
+REFUSED = {
+    "save_only_model": "a killed run could not go on",
+    "ignore_data_skip": "a run that goes on would read other rows",
+    "load_best_model_at_end": "the figures would be of another model than the one that is saved",
+}
 
 
 def read_recipe(name: str | Path) -> dict[str, Any]:
@@ -222,19 +233,34 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
         name: of a YAML file, or of one of the recipes that come with the package, without `.yaml`.
 
     Raises:
-        ValueError: there is none, or it holds no fields.
+        ValueError: there is none, or it holds no fields, or one of them twice.
     """
     known = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
     path = known.get(str(name), Path(name))
     if not path.is_file():
         raise ValueError(f"There is no recipe {str(name)!r}: give a YAML file, or one of {', '.join(known)}.")
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        fields = yaml.load(path.read_text(encoding="utf-8"), _EachOnce)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text (byte {error.start}): convert it.") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}.") from None
+        raise ValueError(f"{path} is no recipe: {' '.join(str(error).split())}.") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path} holds no fields of a recipe: write `field: value` lines.")
     return fields
+
+
+class _EachOnce(yaml.SafeLoader):
+    """YAML's own loader keeps the last of two fields of one name, and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: list[Any] = []
+        for key, _ in node.value:
+            name = self.construct_object(key, deep=True)
+            if name in seen:
+                raise yaml.MarkedYAMLError(problem=f"`{name}` stands there twice", problem_mark=key.start_mark)
+            seen.append(name)
+        return super().construct_mapping(node, deep)
 
 
 def _as_number(value: Any, hint: Any) -> Any:

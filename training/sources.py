@@ -74,33 +74,52 @@ class Reader:
             yield Document(part.strip() if self.separator else part, source)
 
     def _records(self, file: Path, source: str) -> Iterator[Document]:
-        with file.open(encoding="utf-8") as lines:
+        with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 try:
-                    record = json.loads(line)
-                except ValueError:
+                    record = json.loads(line.decode("utf-8"))
+                except UnicodeDecodeError:
+                    raise ValueError(f"{file}, line {number} is no UTF-8 text: convert it, or leave it out.") from None
+                except (ValueError, RecursionError):
                     raise ValueError(f"{file}, line {number} is no JSON: mend it, or leave the file out.") from None
                 yield self._record(record, f"{file}, line {number}", source)
 
     def _record(self, record: Any, place: str, source: str) -> Document:
         text = record.get(self.text_field) if isinstance(record, dict) else None
         if not isinstance(text, str):
-            has = f"it has {', '.join(record)}" if isinstance(record, dict) else "it is no record"
+            fields = (
+                [f"{name} ({type(value).__name__})" for name, value in record.items()]
+                if isinstance(record, dict)
+                else []
+            )
+            has = f"it has {', '.join(fields)}" if fields else "it is no record"
             raise ValueError(f"{place} has no text in `{self.text_field}` ({has}): set `text_field`.")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{place} has half of a character ({text[error.start]!r}), which no text may: mend it, or leave the file out."
+            ) from None
         return Document(text, str(record.get(self.source_field) or source))
 
     def _dataset(self, name: str) -> Iterator[Document]:
-        path, config, split = ([*name.split(":"), "", ""])[:3]
+        path, config, split = dataset_at(f"{DATASETS}{name}", self.split)
         count = 0
-        for record in load_dataset(path, config or None, split or self.split):
+        for record in load_dataset(path, config or None, split):
             document = self._record(record, f"{DATASETS}{name}", Path(path).name)
             if document.text.strip():
                 count += 1
                 yield document
         if not count:
             raise ValueError(f"{DATASETS}{name} is empty: it holds no document.")
+
+
+def dataset_at(place: str, split: str) -> tuple[str, str, str]:
+    """`datasets:NAME[:CONFIG[:SPLIT]]` to the three, `split` where it names none."""
+    path, config, own = [*place.removeprefix(DATASETS).split(":"), "", ""][:3]
+    return path, config, own or split
 
 
 def load_dataset(path: str, config: str | None, split: str) -> Any:
@@ -116,7 +135,7 @@ def load_dataset(path: str, config: str | None, split: str) -> Any:
             found = datasets.load_from_disk(path)
             return found[split] if isinstance(found, dict) else found
         return datasets.load_dataset(path, config, split=split)
-    except (KeyError, ValueError, OSError) as error:
+    except (KeyError, ValueError, TypeError, OSError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"`{DATASETS}{path}` does not load: {' '.join(str(error).split())}") from error
 
 

@@ -31,8 +31,13 @@ def cached(directory: str | None, key: Any, make: Callable[[], Tokens]) -> Token
     if path.is_file():
         with safe_open(path, "pt") as file:
             return Tokens(file.get_tensor("ids"), file.get_tensor("starts"), json.loads(file.metadata()["sources"]))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"`token_cache`: {directory} is no directory that can be written to ({error.strerror})."
+        ) from error
     tokens = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_suffix(f".{os.getpid()}.part")
     tensors: dict[str, torch.Tensor] = {"ids": tokens.ids, "starts": tokens.starts}
     save_file(tensors, staged, {"sources": json.dumps(tokens.sources)})

@@ -1,13 +1,14 @@
 """
 A run: a recipe's text, tokenizer and model, trained, evaluated, logged and saved.
 
-What the run's directory holds afterwards: `recipe.yaml`, `checkpoint-N/`, `model/` with the tokenizer, `figures.jsonl`,
-`losses.png` and `memory.png`, and `result.json`.
+What the run's directory holds afterwards: `recipe.yaml`, `text.sha256`, by which other text is known on resuming,
+`checkpoint-N/`, `model/` with the tokenizer, `figures.jsonl`, `losses.png` and `memory.png`, and `result.json`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,18 +17,19 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
 
 from .console import Console
-from .data import read_data, training_texts
-from .models import check_same, make_config, make_model
+from .data import check_apart, read_data, training_texts
+from .models import check_same, load, make_config, make_model
 from .recipe import SAVED, TrainingRecipe
 from .run_log import perplexity_table, write_log
 from .tokenizer import train_tokenizer
-from .trainer import HopeTrainer, training_arguments
+from .trainer import HopeTrainer, not_written, training_arguments
 
 
-MODEL, RESULT = "model", "result.json"
+MODEL, RESULT, TEXT = "model", "result.json", "text.sha256"
 Say = Callable[[str], None]
 
 
@@ -54,23 +56,28 @@ def train(
     checkpoint = last_checkpoint(out) if resume else None
     check_directory(recipe, out, resume)
     started = time.perf_counter()
-    arguments = training_arguments(recipe, begins=not resume)
+    arguments = training_arguments(recipe, begins=checkpoint is None)
     main = arguments.process_index == 0
     tell = say if main else _silent
     tell(recipe.as_yaml().rstrip())
-    tokenizer = make_tokenizer(recipe, out if resume else None, tell)
+    check_apart(recipe)
+    tokenizer = make_tokenizer(recipe, (checkpoint or out / MODEL) if resume else None, tell)
     config = make_config(recipe, tokenizer)
     if checkpoint:
         check_same(config, checkpoint)
     data = read_data(recipe, tokenizer, tell)
+    digest = data.digest()
+    if resume:
+        check_text(out, digest)
     model = make_model(recipe, config)
     # ZeRO-3 leaves none of them in a process, and says how many there were.
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     tell(f"{config.model_type} of {parameters:,} parameters, {data.describe()}")
-    if main:
+    if main and not resume:
         out.mkdir(parents=True, exist_ok=True)
-        (out / SAVED).write_text(recipe.as_yaml(), encoding="utf-8")
         tokenizer.save_pretrained(out / MODEL)
+        write(out / TEXT, digest + "\n")
+        write(out / SAVED, recipe.as_yaml())  # last: a run that has it can be resumed
     trainer = HopeTrainer(
         model, arguments, recipe=recipe, pad=data.pad, evaluated=data.evaluated, probe=data.probe,
         train_dataset=data.train, processing_class=tokenizer, callbacks=list(callbacks),
@@ -83,7 +90,7 @@ def train(
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         metrics = trainer.last_evaluation() if data.evaluated else {}
-        trainer.save_model(str(out / MODEL))
+        save(trainer, out)
     finally:  # of a run that ends before, too
         files = write_log(trainer.state.log_history, out, recipe.plots) if main else []
     result = {
@@ -96,7 +103,7 @@ def train(
         "peak_MiB": round(peak_memory() / 2**20),
     }
     if main:
-        (out / RESULT).write_text(json.dumps(result, indent=2) + "\n")
+        write(out / RESULT, json.dumps(result, indent=2) + "\n")
         if metrics:
             tell(perplexity_table(metrics))
         tell(
@@ -107,12 +114,36 @@ def train(
     return result
 
 
+def save(trainer: HopeTrainer, out: Path) -> None:
+    """
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        trainer.save_model(str(out / MODEL))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise not_written("the model", str(out), error) from error
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all, whenever the run is killed."""
+    staged = path.with_name(f"{path.name}.part")
+    staged.write_text(text, encoding="utf-8")
+    staged.replace(path)
+
+
 def check_directory(recipe: TrainingRecipe, out: Path, resume: bool) -> None:
     """
     Raises:
-        ValueError: the directory holds a run that is not to be resumed, or there is none, or it is of another recipe.
+        ValueError: the directory holds a run that is not to be resumed, or there is none, or it is of another recipe, or
+            nothing can be written there.
     """
     saved = out / SAVED
+    there = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(
+            f"`out`: nothing can be written to {out}, as {there} is no directory or is read-only. Give another."
+        )
     if not resume:
         if (out / RESULT).is_file() or any(out.glob("checkpoint-*")):
             raise ValueError(f"`out`: {out} holds a run. `--resume` goes on with it; another needs another directory.")
@@ -129,6 +160,19 @@ def check_directory(recipe: TrainingRecipe, out: Path, resume: bool) -> None:
         )
 
 
+def check_text(out: Path, digest: str) -> None:
+    """
+    Raises:
+        ValueError: the run in this directory was begun with other text.
+    """
+    known = out / TEXT
+    if known.is_file() and known.read_text().strip() != digest:
+        raise ValueError(
+            "`--resume`: `train` or `validation` holds other text than when the run was begun: its losses would be others. "
+            "Give the text of then, or begin another run."
+        )
+
+
 def last_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint that was written to its end, of which the trainer's state is the last file."""
     found = []
@@ -136,17 +180,18 @@ def last_checkpoint(out: Path) -> Path | None:
         try:
             state = json.loads((path / "trainer_state.json").read_text())
             found.append((state["global_step"], path))
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             continue  # the run was killed while it wrote this one
     return max(found)[1] if found else None
 
 
-def make_tokenizer(recipe: TrainingRecipe, out: Path | None, say: Say) -> Any:
-    """The recipe's, or the one that was trained for the run in `out`."""
+def make_tokenizer(recipe: TrainingRecipe, place: Path | None, say: Say) -> Any:
+    """The recipe's, or the one that was trained for the run, which is in `place`."""
     if recipe.train_tokenizer is None:
-        return AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.model)
-    if out is not None:
-        return AutoTokenizer.from_pretrained(out / MODEL)
+        name = "tokenizer" if recipe.tokenizer else "model"
+        return load(AutoTokenizer, getattr(recipe, name), name)
+    if place is not None:
+        return AutoTokenizer.from_pretrained(place)
     tokenizer = train_tokenizer(training_texts(recipe), recipe.train_tokenizer)
     say(f"a tokenizer of {len(tokenizer):,} tokens is trained")
     return tokenizer

@@ -9,11 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from modeling_hope import HopeForCausalLM
 from modeling_hope.optimizers import make_optimizer
@@ -21,6 +23,13 @@ from modeling_hope.optimizers import make_optimizer
 from .memory_figures import memory_figures
 from .recipe import TrainingRecipe
 from .rows import IGNORED, Row, Rows, collate, targets
+
+
+DECIDED_OPTIONS = {"lr", "weight_decay", "rates_lr", "periods", "name", "model"}
+
+
+class DivergedError(ValueError):
+    """The loss, or a weight, is no number."""
 
 
 def training_arguments(recipe: TrainingRecipe, begins: bool) -> TrainingArguments:
@@ -33,6 +42,10 @@ def training_arguments(recipe: TrainingRecipe, begins: bool) -> TrainingArgument
     Raises:
         ValueError: what is to be reported to is not installed.
     """
+    if unknown := sorted(set(recipe.report_to) - set(INTEGRATION_TO_CALLBACK)):
+        raise ValueError(
+            f"`report_to` must be of {', '.join(INTEGRATION_TO_CALLBACK)}, got {unknown[0]!r}; leave it out for none."
+        )
     missing = sorted(set(recipe.report_to) - set(get_available_reporting_integrations()))
     if missing:
         raise ValueError(f"`report_to`: {missing[0]} is not installed. Run pip install {missing[0]}, or leave it out.")
@@ -43,7 +56,7 @@ def training_arguments(recipe: TrainingRecipe, begins: bool) -> TrainingArgument
     # Without saying so, processes on a machine that has no accelerator would not know of each other.
     bare = not torch.accelerator.is_available()
     others = {"dataloader_pin_memory": torch.cuda.is_available(), "use_cpu": bare, **recipe.arguments}
-    return TrainingArguments(
+    fields = dict(
         output_dir=recipe.out,
         max_steps=recipe.steps or -1,
         num_train_epochs=recipe.epochs or 1,
@@ -73,6 +86,10 @@ def training_arguments(recipe: TrainingRecipe, begins: bool) -> TrainingArgument
         **checkpointing,
         **others,
     )
+    try:
+        return TrainingArguments(**fields)
+    except TypeError as error:
+        raise ValueError(f"`arguments`: {error}.") from error
 
 
 class HopeTrainer(Trainer):
@@ -101,6 +118,10 @@ class HopeTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             recipe = self.recipe
+            if decided := sorted(set(recipe.optimizer_options) & DECIDED_OPTIONS):
+                raise ValueError(
+                    f"`optimizer_options` has `{decided[0]}`, which other fields of the recipe decide: leave it out."
+                )
             self.optimizer = make_optimizer(
                 recipe.optimizer,
                 self.model if model is None else model,
@@ -112,15 +133,36 @@ class HopeTrainer(Trainer):
             )
         return self.optimizer
 
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().create_scheduler(*args, **kwargs)
+        except TypeError as error:
+            raise ValueError(
+                f"`schedule` {self.recipe.schedule} needs more: {error}. Give `lr_scheduler_kwargs` in `arguments`."
+            ) from error
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Nothing after the last step: Transformers' loop takes one more when a run goes on that was killed there."""
+        if self.state.global_step < self.state.max_steps:
+            return super().get_batch_samples(*args, **kwargs)
+        self.control.should_log = self.control.should_evaluate = self.control.should_save = False  # as of that step
+        self.control.should_training_stop = True
+        return [], None
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """With every checkpoint the loss is logged: a mean of steps before and after it would be lost on those before."""
+        self.control.should_log |= self.control.should_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """
         Raises:
-            ValueError: the loss is no number; no weight has changed by it.
+            DivergedError: the loss is no number; no weight has changed by it.
         """
         loss = super().compute_loss(*args, **kwargs)
         value = loss[0] if isinstance(loss, tuple) else loss
         if not torch.isfinite(value):
-            raise ValueError(
+            raise DivergedError(
                 f"The loss is {value.item()} at step {self.state.global_step + 1}; checkpoints are from before it. Lower "
                 "`learning_rate`, raise `warmup` or set `max_grad_norm`, and begin a run with another `out`, of the last checkpoint "
                 "as `model` if you like."
@@ -130,15 +172,27 @@ class HopeTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
         Raises:
-            ValueError: a weight is no number; nothing was written.
+            DivergedError: a weight is no number; nothing was written.
         """
         for name, parameter in self.model.named_parameters():
             if not torch.isfinite(own_part(parameter)).all():
-                raise ValueError(
+                raise DivergedError(
                     f"`{name}` is not finite at step {self.state.global_step}: a gradient was no number. Checkpoints are from "
                     "before it. Lower `learning_rate` or raise `warmup`, in a run with another `out`."
                 )
         super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Raises:
+            OSError: it cannot be written; the one before is as it was.
+        """
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise not_written(
+                f"the checkpoint of step {self.state.global_step}", self.args.output_dir, error
+            ) from error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Besides, with every loss, the tokens per second since the last, evaluations not counted."""
@@ -223,6 +277,12 @@ class HopeTrainer(Trainer):
             return {}
         with self.compute_loss_context_manager():
             return memory_figures(model, self.probe[: model.config.longest_stream])
+
+
+def not_written(what: str, out: str | None, error: Exception) -> OSError:
+    """What to say where a disk is full, or is no longer there: libraries each have an error of their own for it."""
+    reason = " ".join(str(error).split())
+    return OSError(f"`out`: {what} cannot be written to {out} ({reason}). Make room there, then go on with --resume.")
 
 
 class Share(Dataset[Row]):
