@@ -26,6 +26,8 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "deep_momentum": DeepMomentum,
     "m3": M3,
 }
+# Of self-modifying memories: a norm's weights, and logits, of every head and memory. No maps, whatever their shapes.
+SCALES = ("memories.gamma", "memories.momentum")
 OURS_TO_GIVE = {"self", "params", "model"}
 
 
@@ -40,7 +42,7 @@ def make_optimizer(
     """
     An optimizer for a model's parameters that need gradients, in groups as is usual.
 
-    Vectors (norms, biases) have no weight decay. M3 orthogonalises the matrices inside of the model, and neither the
+    Norms, biases and what else is no map have no weight decay. M3 orthogonalises the matrices inside of the model, and neither the
     embeddings nor the output layer.
 
     Args:
@@ -92,9 +94,10 @@ def _groups(
             own["lr"] = rates_lr
         if periods is not None:
             own["period"] = paces.get(parameter, 1)
-        if parameter.dim() < 2:
+        scale = parameter.dim() < 2 or place.endswith(SCALES)
+        if scale:
             own["weight_decay"] = 0.0
-        elif name == "m3" and parameter in outer:
+        if name == "m3" and parameter.dim() > 1 and (scale or parameter in outer):
             own["ns_steps"] = 0
         groups.setdefault(tuple(own.items()), {"params": [], **own})["params"].append(parameter)
     if rates_lr is not None and not any("lr" in group for group in groups.values()):

@@ -671,6 +671,10 @@ def test_by_name():
     assert held[id(model.model.norm.weight)]["weight_decay"] == 0
     inside = held[id(model.model.layers[0].cms.level(0).up_proj.weight)]
     assert inside["ns_steps"] == 5 and inside["weight_decay"] == 0.1
+    mixer = tiny_model(num_hidden_layers=1, layer_types=["hope_memory"], sliding_window=None).model.layers[0].mixer
+    held = {id(p): g for g in make_optimizer("m3", mixer, lr=0.01, weight_decay=0.1).param_groups for p in g["params"]}
+    parts = [held[id(getattr(mixer.memories, name))] for name in ("w1", "gamma", "momentum")]
+    assert [(group["weight_decay"], group.get("ns_steps")) for group in parts] == [(0.1, 5), (0, 0), (0, 0)]
     paces = make_optimizer("adamw", model, periods=[1, 2, 3], reduction="mean")
     assert isinstance(paces, MultiFrequency) and {g["period"] for g in paces.param_groups} == {1, 2, 3}
     for arguments, names in (
