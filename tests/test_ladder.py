@@ -44,7 +44,9 @@ def test_rungs_are_of_one_size():
 def test_a_small_ladder(tmp_path, monkeypatch, capsys):
     path, out, results = tmp_path / "small.yaml", tmp_path / "out", tmp_path / "results"
     path.write_text(yaml.safe_dump(SMALL))
-    shared = ["--out", str(out), "--recipe", str(path), "--parameters", "60000"]
+    test = tmp_path / "test.txt"
+    test.write_text("The keeper wrote of a storm that nobody else had seen.\n\n" * 20)
+    shared = ["--out", str(out), "--recipe", str(path), "--parameters", "60000", "--test", str(test)]
     with pytest.raises(ValueError, match="no learning rate of 'transformer' yet"):
         ladder.main(["run", *shared, "--rungs", "transformer"])
     with pytest.raises(ValueError, match="no run of the ladder"):
@@ -53,20 +55,31 @@ def test_a_small_ladder(tmp_path, monkeypatch, capsys):
     ladder.main(["tune", *shared, "--rungs", *names])
     places = {path.parent.name: path for path in out.glob("tune/*/result.json")}
     assert {"transformer-0.0015", "transformer-0.003"} <= set(places)
-    assert not any(name.startswith("hope") for name in places)  # it takes the other's
+    assert {name for name in places if name.startswith("hope")} >= {"hope_attention-inner-1", "hope_attention-inner-3"}
     ladder.main(["run", *shared, "--rungs", *names, "--seeds", "0"])
-    tuned = {float(name.partition("-")[2]): json.loads(path.read_text()) for name, path in places.items()}
-    best = min(sorted(tuned), key=lambda rate: tuned[rate]["eval_perplexity"])
+    of = ladder.Ladder(out, SMALL, 60000, [str(test)])
+    rates, inner = of.tuned("transformer"), of.tuned("hope_attention", inner=True)
+    assert len(rates) + len(inner) == len(places)
+    best, best_inner = min(rates, key=rates.get), min(inner, key=inner.get)
+
+    chosen = out / "tune" / "self_referential-0.003"
+    chosen.mkdir()
+    (chosen / "result.json").write_text('{"eval_perplexity": 2.0}')
+    ladder.main(["defaults", *shared, "--rungs", "chunk_read", "--seeds", "0"])
 
     def diverge(*args, **kwargs):
         raise DivergedError("The loss is nan.")
 
     monkeypatch.setattr(ladder, "train", diverge)  # nothing is run twice
-    assert ladder.Ladder(out, SMALL, 60000)._tuning_run("transformer", 1e3) == math.inf  # the tuning goes on
+    assert of._perplexity("transformer", 1e3, None) == math.inf  # the tuning goes on
     ladder.main(["run", *shared, "--rungs", *names, "--seeds", "0"])
     ladder.main(["report", *shared, "--results", str(results)])
     report = json.loads((results / "ladder.json").read_text())
     assert [(run["rung"], run["seed"], run["learning_rate"]) for run in report["runs"]] == [(n, 0, best) for n in names]
     assert ["eval_perplexity_learning" in run for run in report["runs"]] == [False, True]
+    assert [(run["rung"], run["learning_rate"], run["steps"]) for run in report["defaults"]] == [
+        ("chunk_read", 0.003, 1)
+    ]
+    assert report["runs"][1]["config"]["cms_learning_rates"] == best_inner
     assert (results / "ladder.png").is_file()
     assert "| hope_attention | attention, and three levels that learn" in capsys.readouterr().out

@@ -2,13 +2,14 @@
 The ladder: from a Transformer to Hope, one change at a time, at equal parameters, tokens and tuning.
 
     python -m modeling_hope.training.corpus corpus
-    python -m modeling_hope.training.ladder tune --out ladder      # learning rates, at a fifth of the tokens
-    python -m modeling_hope.training.ladder run --out ladder       # every rung and ablation, two seeds
+    python -m modeling_hope.training.ladder tune --out ladder        # learning rates, at a fifth of the tokens
+    python -m modeling_hope.training.ladder run --out ladder         # every rung and ablation, two seeds
+    python -m modeling_hope.training.ladder defaults --out ladder    # other defaults of the memory, at a fifth of the tokens
     python -m modeling_hope.training.ladder report --out ladder --results training/results
 
-`tune` and `run` pass over what is there and go on with what was killed, so that several may share the work, each with
-rungs or seeds of its own. A rung's levels have as many hidden units as make its parameters those of the recipe. All read
-the same rows in the same order; a rung of the ladder has the learning rate that was best for it, an ablation Hope's.
+All pass over what is there and go on with what was killed, so that several may share the work, each with rungs or seeds of its
+own. A rung's levels have as many hidden units as make its parameters those of the others. All read the same rows in the same
+order. Rates are chosen on validation text, and the ladder is measured on test text.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,15 @@ import modeling_hope  # noqa: F401  the Auto classes then know Hope
 
 from .data import training_texts
 from .ladder_report import write_report
-from .recipe import TrainingRecipe, read_recipe
+from .recipe import SAVED, TrainingRecipe, read_recipe
 from .tokenizer import train_tokenizer
 from .train import RESULT, train
 from .trainer import DivergedError
 
 
-FIRST_RATE = 1.5e-3
+FIRST_RATE, FIRST_INNER_RATE = 1.5e-3, 1.0
 UNIT = 4  # levels have multiples of so many hidden units
+PERPLEXITIES = ("eval_perplexity", "eval_perplexity_learning")  # what a rate, and the levels' own, are chosen by
 TUNED_ON = 5  # a run's tokens over those of a run to tune with
 
 ATTENTION = {"layer_types": "full_attention"}
@@ -70,17 +72,23 @@ class Rung:
         about: what it is, for the table.
         fields: of the config, beyond the recipe's.
         rate_of: the rung whose tuned learning rate it takes; unset: it is tuned itself.
-        ablation: a part taken from the self-referential memory, or added, rather than a step toward Hope.
+        inner_rate_of: the same of the rate that its levels learn with.
+        kind: a `step` toward Hope; an `ablation` of the self-referential memory; or one of its `defaults`, chosen otherwise.
     """
 
     about: str
     fields: dict[str, Any] = field(default_factory=dict)
     rate_of: str | None = None
-    ablation: bool = False
+    inner_rate_of: str | None = None
+    kind: str = "step"
+
+    @property
+    def learns(self) -> bool:
+        return "cms_training" in self.fields
 
 
-def _without(about: str, **fields: Any) -> Rung:
-    return Rung(about, {**SELF, **fields}, rate_of="self_referential", ablation=True)
+def _memory(kind: str, about: str, **fields: Any) -> Rung:
+    return Rung(about, {**SELF, **fields}, rate_of="self_referential", kind=kind)
 
 
 LEARNING = {"cms_training": "first_order"}
@@ -90,14 +98,18 @@ RUNGS = {
     "delta": Rung("and erases along the key: the delta rule", {**MATRIX, "memory_delta_decay": True}),
     "titans": Rung("a deep memory with momentum and decay: Titans", TITANS),
     "self_referential": Rung("and the delta term, and memories that make keys, values, rates and decays", SELF),
-    "hope": Rung("and three levels that learn: Hope", LEARNING, rate_of="self_referential"),
+    "hope": Rung("and three levels that learn: Hope", LEARNING, rate_of="self_referential", inner_rate_of="hope_attention"),
     "hope_attention": Rung("attention, and three levels that learn: Hope-Attention", {**ATTENTION, **LEARNING}, rate_of="transformer"),
-    "no_delta": _without("without the delta term (DGD)", memory_delta_decay=False),
-    "no_momentum": _without("without momentum", memory_momentum=False),
-    "no_weight_decay": _without("without weight decay", memory_weight_decay=False),
-    "no_k": _without("keys by a linear map", adaptive_projections=["v", "eta", "alpha"]),
-    "no_v": _without("values by a linear map", adaptive_projections=["k", "eta", "alpha"]),
-    "with_q": _without("queries by a memory, too", adaptive_projections=["k", "v", "q", "eta", "alpha"]),
+    "no_delta": _memory("ablation", "without the delta term (DGD)", memory_delta_decay=False),
+    "no_momentum": _memory("ablation", "without momentum", memory_momentum=False),
+    "no_weight_decay": _memory("ablation", "without weight decay", memory_weight_decay=False),
+    "no_k": _memory("ablation", "keys by a linear map", adaptive_projections=["v", "eta", "alpha"]),
+    "no_v": _memory("ablation", "values by a linear map", adaptive_projections=["k", "eta", "alpha"]),
+    "with_q": _memory("ablation", "queries by a memory, too", adaptive_projections=["k", "v", "q", "eta", "alpha"]),
+    "chunk_read": _memory("defaults", "read as the chunk found it", memory_read="chunk"),
+    "chunks_of_16": _memory("defaults", "chunks of 16 tokens", memory_chunk_size=16),
+    "faster_start": _memory("defaults", "rates begin at 0.1", memory_initial_rate=0.1),
+    "shorter_start": _memory("defaults", "decays begin at 0.995", memory_initial_decay=0.995),
 }  # fmt: skip
 
 
@@ -131,6 +143,17 @@ def count(fields: dict[str, Any], vocab_size: int) -> int:
         ).num_parameters()
 
 
+def _walk(first: float, factor: float, perplexity: Callable[[float], float]) -> None:
+    """Rates up by a factor from the first on, as long as perplexity falls; if it rises at once, down."""
+    best = perplexity(first)
+    for times in (factor, 1 / factor):
+        rate, found = first, best
+        while (following := perplexity(rate * times)) < found:
+            rate, found = rate * times, following
+        if rate != first:
+            return
+
+
 @dataclass
 class Ladder:
     """What all runs share: the recipe, its place, the tokenizer."""
@@ -138,6 +161,7 @@ class Ladder:
     out: Path
     recipe: dict[str, Any]
     parameters: int
+    test: list[str]
 
     def tokenizer(self) -> Path:
         """Trained once, by the first to ask; whole as soon as it is there, as others may ask meanwhile."""
@@ -153,98 +177,119 @@ class Ladder:
                 shutil.rmtree(staged)
         return place
 
-    def run(self, name: str, place: Path, seed: int, rate: float, **others: Any) -> dict[str, Any]:
+    def run(
+        self, name: str, place: Path, seed: int, rate: float, inner_rate: float | None, **others: Any
+    ) -> dict[str, Any]:
         """What a run found: its result, if it has one, or that of running it, from its last checkpoint on."""
         if (place / RESULT).is_file():
             return json.loads((place / RESULT).read_text())
         tokenizer = self.tokenizer()
-        size = len(AutoTokenizer.from_pretrained(tokenizer))
+        config = config_of(RUNGS[name], self.recipe, self.parameters, len(AutoTokenizer.from_pretrained(tokenizer)))
         fields = {
             **self.recipe,
             "train_tokenizer": None,
             "tokenizer": str(tokenizer),
-            "config": config_of(RUNGS[name], self.recipe, self.parameters, size),
+            "config": config if inner_rate is None else {**config, "cms_learning_rates": inner_rate},
             "out": str(place),
             "seed": seed,
             "learning_rate": rate,
             "evaluate_every": None,
             **others,
         }
-        return train(TrainingRecipe.from_fields(fields), resume=(place / "recipe.yaml").is_file())
+        return train(TrainingRecipe.from_fields(fields), resume=(place / SAVED).is_file())
 
-    def tune(self, names: Sequence[str]) -> None:
-        """Learning rates by factors of 2, from `FIRST_RATE` on, as long as perplexity falls, on both sides."""
-        for name in names:
-            if RUNGS[name].rate_of is not None:
-                continue
-            best = self._tuning_run(name, FIRST_RATE)
-            for factor in (2.0, 0.5):
-                rate, found = FIRST_RATE, best
-                while (following := self._tuning_run(name, rate * factor)) < found:
-                    rate, found = rate * factor, following
-                if rate != FIRST_RATE:
-                    break  # perplexity rises on the other side
+    def short_run(
+        self, name: str, place: Path, seed: int, rate: float, inner_rate: float | None = None
+    ) -> dict[str, Any]:
+        return self.run(name, place, seed, rate, inner_rate, steps=self.recipe["steps"] // TUNED_ON)
 
-    def _tuning_run(self, name: str, rate: float) -> float:
-        place, steps = self.out / "tune" / f"{name}-{rate:g}", self.recipe["steps"] // TUNED_ON
+    def whole_run(self, name: str, seed: int) -> dict[str, Any]:
+        rates = self.rate(name), self.inner_rate(name)
+        return self.run(name, self.place(name, seed), seed, *rates, validation=self.test, validation_fraction=0.0)
+
+    def tune(self, name: str) -> None:
+        """The rates that a rung does not take from another."""
+        rung = RUNGS[name]
+        if rung.rate_of is None:
+            _walk(FIRST_RATE, 2, lambda rate: self._perplexity(name, rate, None))
+        if rung.learns and rung.inner_rate_of is None:
+            _walk(FIRST_INNER_RATE, 3, lambda inner: self._perplexity(name, self.rate(name), inner))
+
+    def _perplexity(self, name: str, rate: float, inner_rate: float | None) -> float:
+        place = self.out / "tune" / (f"{name}-{rate:g}" if inner_rate is None else f"{name}-inner-{inner_rate:g}")
         try:
-            return float(self.run(name, place, 0, rate, steps=steps)["eval_perplexity"])
+            return float(self.short_run(name, place, 0, rate, inner_rate)[PERPLEXITIES[inner_rate is not None]])
         except DivergedError:
             return math.inf
 
-    def tuned(self, name: str) -> dict[float, float]:
+    def tuned(self, name: str, inner: bool = False) -> dict[float, float]:
+        """Perplexity by learning rate, or by the levels' own; empty where it was not tuned."""
+        start = f"{name}-inner-" if inner else f"{name}-"
+        found = {
+            path.parent.name.removeprefix(start): path for path in (self.out / "tune").glob(f"{start}[0-9]*/{RESULT}")
+        }
+        key = PERPLEXITIES[inner]
+        return dict(sorted((float(rate), json.loads(path.read_text())[key]) for rate, path in found.items()))
+
+    def rate(self, name: str) -> float:
         """
-        Perplexity by learning rate.
+        The learning rate that was best.
 
         Raises:
-            ValueError: it was not tuned.
+            ValueError: none was tried.
         """
-        own = RUNGS[name].rate_of or name
-        results = {
-            path.parent.name.rpartition(f"{own}-")[2]: path for path in (self.out / "tune").glob(f"{own}-*/{RESULT}")
-        }
-        if not results:
-            raise ValueError(f"There is no learning rate of {own!r} yet: run `tune --rungs {own}` first.")
-        found = {float(rate): json.loads(path.read_text())["eval_perplexity"] for rate, path in results.items()}
-        return dict(sorted(found.items()))
+        return self._best(RUNGS[name].rate_of or name, inner=False)
 
-    def is_tuned(self, name: str) -> bool:
-        return any((self.out / "tune").glob(f"{name}-*/{RESULT}"))
+    def inner_rate(self, name: str) -> float | None:
+        """The same of the levels' rate, where they learn."""
+        rung = RUNGS[name]
+        return self._best(rung.inner_rate_of or name, inner=True) if rung.learns else None
+
+    def _best(self, name: str, inner: bool) -> float:
+        tuned = self.tuned(name, inner)
+        if not tuned:
+            raise ValueError(f"There is no learning rate of {name!r} yet: run `tune --rungs {name}` first.")
+        return min(tuned, key=lambda rate: tuned[rate])
 
     def place(self, name: str, seed: int) -> Path:
         return self.out / f"{name}-{seed}"
 
-    def results(self) -> Iterator[tuple[str, int, dict[str, Any]]]:
-        """Name, seed and result of each run that came to its end."""
+    def results(self, of: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
+        """Name, seed and result of each run in a directory that came to its end."""
         for name in RUNGS:
-            for path in sorted(self.out.glob(f"{name}-*/{RESULT}")):
+            for path in sorted(of.glob(f"{name}-*/{RESULT}")):
                 seed = path.parent.name.rpartition("-")[2]
                 yield name, int(seed), json.loads(path.read_text())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("tune", "run", "report"))
+    parser.add_argument("what", choices=("tune", "run", "defaults", "report"))
     parser.add_argument("--out", type=Path, required=True, help="directory of the runs")
     parser.add_argument("--recipe", default="ladder-2m", help="what the runs share")
     parser.add_argument("--parameters", type=int, default=2_100_000, help="of each model")
     parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--test", nargs="+", default=["corpus/test"], help="text that runs are measured on")
     parser.add_argument("--threads", type=int, help="of torch, in this process")
     parser.add_argument("--results", type=Path, default=Path("training/results"), help="where the report goes")
     given = parser.parse_args(arguments)
     if given.threads:
         torch.set_num_threads(given.threads)
-    ladder = Ladder(given.out, read_recipe(given.recipe), given.parameters)
-    if given.what == "tune":
-        ladder.tune(given.rungs)
-    elif given.what == "run":
-        for seed in given.seeds:
-            for name in given.rungs:
-                tuned = ladder.tuned(name)
-                ladder.run(name, ladder.place(name, seed), seed, min(tuned, key=lambda rate: tuned[rate]))
-    else:
+    ladder = Ladder(given.out, read_recipe(given.recipe), given.parameters, given.test)
+    if given.what == "report":
         write_report(ladder, RUNGS, given.results)
+        return
+    if given.what == "tune":
+        for name in given.rungs:
+            ladder.tune(name)
+        return
+    for seed in given.seeds:
+        for name in given.rungs:
+            if given.what == "run" and RUNGS[name].kind != "defaults":
+                ladder.whole_run(name, seed)
+            elif given.what == "defaults" and (RUNGS[name].kind == "defaults" or name == "self_referential"):
+                ladder.short_run(name, ladder.out / "defaults" / f"{name}-{seed}", seed, ladder.rate(name))
 
 
 if __name__ == "__main__":

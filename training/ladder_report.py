@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,26 @@ if TYPE_CHECKING:
 
 Run = dict[str, Any]
 WINDOW = 10  # logged losses that a curve is smoothed over
+ABOUT = """# The ladder
+
+Perplexity of test text after the same tokens, at equal parameters: the mean over seeds, and each seed's in brackets; and with
+levels learning as they read, where a model has some. Memories have a short convolution and an output gate, the Transformer has
+none, as in the literature. What a memory holds besides its parameters, a row's state, is not counted.
+"""
+ABLATIONS = """
+## A part less, or one more
+
+Each with the learning rate that was best for the whole.
+"""
+DEFAULTS = """
+## Other defaults
+
+Perplexity of validation text after a fifth of the tokens.
+"""
+HEAD = (
+    "| | what it is | perplexity | learning | learning rate | tokens/s | peak MiB | parameters |\n|---|---|"
+    + "--:|" * 6
+)
 
 
 def write_report(ladder: Ladder, rungs: dict[str, Rung], out: Path) -> None:
@@ -28,72 +48,69 @@ def write_report(ladder: Ladder, rungs: dict[str, Rung], out: Path) -> None:
     Raises:
         ValueError: none has.
     """
-    runs = [_figures(ladder.place(name, seed), name, seed, result) for name, seed, result in ladder.results()]
+    runs = _runs(ladder, ladder.out)
     if not runs:
         raise ValueError(f"`out`: no run of the ladder in {ladder.out} has come to its end. Run `ladder run` first.")
-    tuning = {name: ladder.tuned(name) for name in rungs if rungs[name].rate_of is None and ladder.is_tuned(name)}
+    defaults = _runs(ladder, ladder.out / "defaults")
+    tuning = {name: found for name in rungs if (found := ladder.tuned(name))}
+    inner = {name: found for name in rungs if (found := ladder.tuned(name, inner=True))}
+    text = "\n".join(_sections(rungs, runs, defaults, tuning, inner)) + "\n"
+    report = {"recipe": ladder.recipe, "tuning": tuning, "inner_tuning": inner, "runs": runs, "defaults": defaults}
     out.mkdir(parents=True, exist_ok=True)
-    report = {"recipe": ladder.recipe, "tuning": tuning, "runs": runs}
     (out / "ladder.json").write_text(json.dumps(report, indent=1) + "\n")
-    (out / "ladder.md").write_text(_tables(runs, rungs, tuning))
+    (out / "ladder.md").write_text(text)
     _plot(ladder, runs, rungs, out / "ladder.png")
-    print(_tables(runs, rungs, tuning))
+    print(text)
 
 
-def _figures(place: Path, name: str, seed: int, result: dict[str, Any]) -> Run:
-    recipe = yaml.safe_load((place / SAVED).read_text())
-    kept = {key: value for key, value in result.items() if key != "seconds" and not key.startswith("memory/")}
-    return {
-        "rung": name, "seed": seed, "learning_rate": recipe["learning_rate"], "config": recipe["config"], **kept
-    }  # fmt: skip
+def _runs(ladder: Ladder, of: Path) -> list[Run]:
+    found = []
+    for name, seed, result in ladder.results(of):
+        recipe = yaml.safe_load((of / f"{name}-{seed}" / SAVED).read_text())
+        kept = {key: value for key, value in result.items() if key != "seconds" and not key.startswith("memory/")}
+        found.append({"rung": name, "seed": seed, **{key: recipe[key] for key in ("learning_rate", "config")}, **kept})
+    return found
 
 
-def _of(runs: Sequence[Run], name: str) -> list[Run]:
+def _of(runs: Iterable[Run], name: str) -> list[Run]:
     return [run for run in runs if run["rung"] == name]
 
 
-def _tables(runs: Sequence[Run], rungs: dict[str, Rung], tuning: dict[str, dict[float, float]]) -> str:
-    head = (
-        "| | what it is | perplexity | learning | learning rate | tokens/s | peak MiB | parameters |\n"
-        + "|---|---|"
-        + "--:|" * 6
-    )
-    steps = [_row(name, rungs[name], _of(runs, name)) for name in rungs if not rungs[name].ablation and _of(runs, name)]
-    parts = [name for name in rungs if rungs[name].ablation and _of(runs, name)]
-    text = (
-        "# The ladder\n\nPerplexity of held-out text, mean over seeds and each seed's in brackets, at equal parameters and tokens; "
-        f"with levels learning as they read, where the model has some.\n\n{head}\n" + "\n".join(steps)
-    )
-    whole = _of(runs, "self_referential")
-    if parts and whole:
-        rows = [
-            _row("self_referential", rungs["self_referential"], whole),
-            *(_row(name, rungs[name], _of(runs, name)) for name in parts),
-        ]
-        text += f"\n\n## A part less, or one more\n\n{head}\n" + "\n".join(rows)
-    if tuning:
-        text += "\n\n## Learning rates\n\nPerplexity after a fifth of the tokens, seed 0.\n\n"
-        rates = sorted({rate for found in tuning.values() for rate in found})
-        text += "| |" + "".join(f" {rate:g} |" for rate in rates) + "\n|---|" + "--:|" * len(rates) + "\n"
-        text += "\n".join(
-            f"| {name} |" + "".join(f" {found[rate]:.1f} |" if rate in found else " |" for rate in rates)
-            for name, found in tuning.items()
-        )
-    return text + "\n"
+def _sections(
+    rungs: dict[str, Rung], runs: Sequence[Run], defaults: Sequence[Run], tuning: dict[str, Any], inner: dict[str, Any]
+) -> Iterable[str]:
+    whole = "self_referential"
+    yield from (ABOUT, _table(rungs, runs, [name for name in rungs if rungs[name].kind == "step"]))
+    yield from (ABLATIONS, _table(rungs, runs, [whole, *(name for name in rungs if rungs[name].kind == "ablation")]))
+    yield from (DEFAULTS, _table(rungs, defaults, [whole, *(name for name in rungs if rungs[name].kind == "defaults")]))
+    yield "\n## Learning rates\n\nPerplexity of validation text after a fifth of the tokens, seed 0.\n"
+    yield _by_rate(tuning)
+    yield "\nThe levels' own, perplexity while they learn:\n"
+    yield _by_rate(inner)
 
 
-def _row(name: str, rung: Rung, runs: Sequence[Run]) -> str:
+def _table(rungs: dict[str, Rung], runs: Sequence[Run], names: Sequence[str]) -> str:
+    return "\n".join([HEAD, *(_row(name, rungs[name].about, _of(runs, name)) for name in names if _of(runs, name))])
+
+
+def _row(name: str, about: str, runs: Sequence[Run]) -> str:
     def each(key: str) -> str:
         found = [run[key] for run in runs if key in run]
         return f"{mean(found):.2f} ({', '.join(f'{value:.2f}' for value in found)})" if found else ""
 
-    first = runs[0]
-    speed, peak = mean(run["tokens_per_second"] for run in runs), mean(run["peak_MiB"] for run in runs)
-    cells = [
-        name, rung.about, each("eval_perplexity"), each("eval_perplexity_learning"), f"{first['learning_rate']:g}",
-        f"{speed:,.0f}", f"{peak:,.0f}", f"{first['parameters']:,}",
-    ]  # fmt: skip
+    speed, peak = (f"{mean(run[key] for run in runs):,.0f}" for key in ("tokens_per_second", "peak_MiB"))
+    rate, size = f"{runs[0]['learning_rate']:g}", f"{runs[0]['parameters']:,}"
+    cells = [name, about, each("eval_perplexity"), each("eval_perplexity_learning"), rate, speed, peak, size]
     return f"| {' | '.join(cells)} |"
+
+
+def _by_rate(tuning: dict[str, dict[float, float]]) -> str:
+    rates = sorted({rate for found in tuning.values() for rate in found})
+    rows = [
+        f"| {name} |" + "".join(f" {found[rate]:.1f} |" if rate in found else " |" for rate in rates)
+        for name, found in tuning.items()
+    ]
+    return "\n".join(["| |" + "".join(f" {rate:g} |" for rate in rates), "|---|" + "--:|" * len(rates), *rows])
 
 
 def _plot(ladder: Ladder, runs: Sequence[Run], rungs: dict[str, Rung], path: Path) -> None:
@@ -104,24 +121,20 @@ def _plot(ladder: Ladder, runs: Sequence[Run], rungs: dict[str, Rung], path: Pat
 
     names = [name for name in rungs if _of(runs, name)]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    for key, colour, label in (
-        ("eval_perplexity", "black", "as trained"),
-        ("eval_perplexity_learning", "tab:green", "learning"),
-    ):
+    kinds = {"eval_perplexity": ("black", "as trained"), "eval_perplexity_learning": ("tab:green", "learning")}
+    for key, (colour, label) in kinds.items():
         points = [(run[key], names.index(run["rung"])) for run in runs if key in run]
         if points:
             left.scatter(*zip(*points, strict=True), color=colour, s=22, label=label)
     left.set_yticks(range(len(names)), names)
     left.invert_yaxis()
-    left.set_xlabel("perplexity of held-out text, a point for each seed")
+    left.set_xlabel("perplexity of test text, a point for each seed")
     left.legend(frameon=False)
     for name in names:
-        if rungs[name].ablation:
-            continue
-        curves = [_curve(ladder.place(name, run["seed"])) for run in _of(runs, name)]
-        length = min(map(len, curves))
-        steps = [step for step, _ in curves[0][:length]]
-        right.plot(steps, [mean(curve[i][1] for curve in curves) for i in range(length)], label=name, linewidth=1)
+        if rungs[name].kind == "step":
+            curves = [_curve(ladder.place(name, run["seed"])) for run in _of(runs, name)]
+            points = [(at[0][0], mean(loss for _, loss in at)) for at in zip(*curves, strict=False)]
+            right.plot(*zip(*points, strict=True), label=name, linewidth=1)
     right.set_xlabel("steps")
     right.set_ylabel("training loss, nats per token")
     right.legend(frameon=False, fontsize=8)
@@ -132,9 +145,8 @@ def _plot(ladder: Ladder, runs: Sequence[Run], rungs: dict[str, Rung], path: Pat
 
 
 def _curve(place: Path) -> list[tuple[int, float]]:
-    """Steps and losses, each the mean over the last `WINDOW`."""
+    """Steps and losses, each the mean over the last `WINDOW` that were logged."""
     entries = [json.loads(line) for line in (place / FIGURES).read_text().splitlines()]
     losses = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
-    return [
-        (losses[i][0], mean(loss for _, loss in losses[i - WINDOW : i])) for i in range(WINDOW, len(losses))
-    ]  # fmt: skip
+    recent = [losses[max(i - WINDOW, 0) : i] for i in range(min(WINDOW, len(losses)), len(losses) + 1)]
+    return [(last[-1][0], mean(loss for _, loss in last)) for last in recent if last]
