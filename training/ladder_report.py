@@ -94,14 +94,15 @@ def _table(rungs: dict[str, Rung], runs: Sequence[Run], names: Sequence[str]) ->
 
 
 def _row(name: str, about: str, runs: Sequence[Run]) -> str:
-    def each(key: str) -> str:
-        found = [run[key] for run in runs if key in run]
-        return f"{mean(found):.2f} ({', '.join(f'{value:.2f}' for value in found)})" if found else ""
+    def each(key: str, form: str, seeds: bool) -> str:
+        found = [run[key] for run in runs if run.get(key) is not None]
+        by_seed = f" ({', '.join(f'{value:{form}}' for value in found)})" if seeds else ""
+        return f"{mean(found):{form}}{by_seed}" if found else ""
 
-    speed, peak = (f"{mean(run[key] for run in runs):,.0f}" for key in ("tokens_per_second", "peak_MiB"))
+    perplexities = [each(key, ".2f", seeds=True) for key in ("eval_perplexity", "eval_perplexity_learning")]
+    costs = [each(key, ",.0f", seeds=False) for key in ("tokens_per_second", "peak_MiB")]
     rate, size = f"{runs[0]['learning_rate']:g}", f"{runs[0]['parameters']:,}"
-    cells = [name, about, each("eval_perplexity"), each("eval_perplexity_learning"), rate, speed, peak, size]
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join([name, about, *perplexities, rate, *costs, size])} |"
 
 
 def _by_rate(tuning: dict[str, dict[float, float]]) -> str:
