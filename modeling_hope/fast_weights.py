@@ -131,13 +131,21 @@ def fast_linear(module: nn.Module, x: torch.Tensor, rows: Sequence[RowWeight | N
             outputs.append(module(part))
         elif row.whole:
             outputs.append(F.linear(part, row.tensor, module.bias))  # type: ignore[arg-type]
-        elif (
-            can_merge(module) and part.dtype == module.weight.dtype and not torch.is_autocast_enabled(part.device.type)
-        ):
+        elif _one_product(module, part):
             outputs.append(_ChangedLinear.apply(part, module.weight, row.tensor, module.bias))
         else:
             outputs.append(module(part) + F.linear(part, row.tensor.to(part.dtype)))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def _one_product(module: nn.Module, x: torch.Tensor) -> bool:
+    """Whether the sum of slow weight and change may be used: nothing is lost by it, and nobody listens to the map's calls."""
+    if not can_merge(module) or x.dtype != module.weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return False
+    return not any(getattr(module, kind) for kind in HOOKS)
 
 
 class _ChangedLinear(torch.autograd.Function):

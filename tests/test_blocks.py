@@ -245,3 +245,7 @@ def test_a_changed_map_gives_gradients_to_weight_and_change_alike(bias):
     torch.testing.assert_close(one_product(*given), two_products(*given))
     assert torch.autograd.gradcheck(one_product, given)
     assert torch.autograd.gradgradcheck(one_product, given)
+    heard = []
+    module.map.register_forward_hook(lambda *call: heard.append(call))
+    torch.testing.assert_close(one_product(*given), two_products(*given))
+    assert len(heard) == 3  # who listens to a map hears of all its calls
