@@ -20,9 +20,10 @@ from modeling_hope.cli.train import add_to, recipe_of
 from modeling_hope.training.memory_figures import memory_figures
 from modeling_hope.training.recipe import DECIDED, RECIPES, REFUSED, TrainingRecipe, read_recipe
 from modeling_hope.training.rows import Rows, Tokens, collate, targets
+from modeling_hope.training.run_directory import last_checkpoint
 from modeling_hope.training.sources import Document, Reader
 from modeling_hope.training.tokenizer import train_tokenizer
-from modeling_hope.training.train import last_checkpoint, train
+from modeling_hope.training.train import train
 from modeling_hope.training.trainer import training_arguments
 
 from .conftest import random_ids, tiny_config, tiny_model
