@@ -33,12 +33,15 @@ MOST_CHOICES = 7  # that stand in a flag's own line of the help
 def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
+        usage="hope train [RECIPE] [--FIELD VALUE]... [--continue CHECKPOINT] [--resume] [--dry-run]",
         help="train or fine-tune a model by a recipe",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("recipe", nargs="?", default=None, help="YAML file, or the name of a recipe that is packaged")
+    parser.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", default=None, help="YAML file, or the name of a recipe that is packaged"
+    )
     parser.add_argument(
         "--continue", dest="continued", metavar="CHECKPOINT", default=None,
         help="train on with learning on, from this checkpoint: the recipe `continue`, unless another is named",

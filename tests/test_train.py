@@ -20,39 +20,17 @@ from modeling_hope.cli.train import add_to, recipe_of
 from modeling_hope.training.memory_figures import memory_figures
 from modeling_hope.training.recipe import DECIDED, RECIPES, REFUSED, TrainingRecipe, read_recipe
 from modeling_hope.training.rows import Rows, Tokens, collate, targets
+from modeling_hope.training.run_directory import last_checkpoint
 from modeling_hope.training.sources import Document, Reader
 from modeling_hope.training.tokenizer import train_tokenizer
-from modeling_hope.training.train import last_checkpoint, train
+from modeling_hope.training.train import train
 from modeling_hope.training.trainer import training_arguments
 
 from .conftest import random_ids, tiny_config, tiny_model
 
 
-WORDS = [
-    "the",
-    "keeper",
-    "of",
-    "the",
-    "light",
-    "saw",
-    "nine",
-    "ships",
-    "and",
-    "a",
-    "goat",
-    "come",
-    "up",
-    "the",
-    "hill",
-    "in",
-    "the",
-    "fog",
-    "before",
-    "the",
-    "lamp",
-    "was",
-    "lit",
-]
+PROSE = "the keeper of the light saw nine ships and a goat come up the hill in the fog before the lamp was lit"
+WORDS = PROSE.split()
 TINY = {
     "train_tokenizer": 270,
     "config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "cms_periods": [16, 32]},
@@ -550,33 +528,22 @@ def test_figures_of_a_memory(family):
 def test_hope_train(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     out = tmp_path / "run"
-    assert (
-        main(
-            [
-                "train",
-                "smoke",
-                "--out",
-                str(out),
-                "--steps",
-                "10",
-                "--evaluate-every",
-                "5",
-                "--report-to",
-                "tensorboard",
-            ]
-        )
-        == 0
-    )
+    flags = ["--steps", "10", "--evaluate-every", "5", "--report-to", "tensorboard"]
+    assert main(["train", "smoke", "--out", str(out), *flags]) == 0
     printed = capsys.readouterr().out
     for expected in ("train_tokenizer: 300", "parameters", "tokens/s", "perplexity", "lighthouse", "result.json"):
         assert expected in printed
     names = {path.name for path in out.iterdir()}
     assert names >= {"recipe.yaml", "figures.jsonl", "losses.png", "memory.png", "result.json", "model"}
     assert list(out.rglob("events.out.tfevents.*"))
+    assert '\nseparator: "\\n\\n"\n' in printed and "\n  cms_periods: [32, 64, 128]\n" in printed
     result = json.loads((out / "result.json").read_text())
     assert result["steps"] == 10 and result["tokens_per_second"] > 0 and result["peak_MiB"] > 0
     assert losses_of(out)[-1] < losses_of(out)[0]
     assert main(["train", "smoke", "--out", str(out)]) == 2 and "--resume" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", "smoke", "--out", str(out), "--stpes", "3"])
+    assert "hope train: error: unrecognized argument --stpes, do you mean --steps?" in capsys.readouterr().err
     assert main(["train", "--resume", "--out", str(out), "--dry-run"]) == 0 and "steps: 10" in capsys.readouterr().out
     model, tokenizer = (kind.from_pretrained(out / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
     assert tokenizer.decode(model.generate(**tokenizer("The lamp", return_tensors="pt"), max_new_tokens=4)[0])

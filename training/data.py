@@ -75,41 +75,39 @@ def read_data(recipe: TrainingRecipe, tokenizer: Any, say: Say) -> Data:
     """
     pad = tokenizer.pad_token_id
     pad = pad if pad is not None else tokenizer.eos_token_id or 0
-    fraction = recipe.validation_fraction
-    chosen = tokens_of(recipe, recipe.train, tokenizer, say, "train", None if not fraction else False)
+    chosen = tokens_of(recipe, recipe.train, "train", tokenizer, say)
     if not len(chosen):
         raise ValueError(
             "`train`: no document is left to train on. Lower `min_document_tokens` or `validation_fraction`."
         )
-    evaluated: dict[str, Rows] = {}
-    probe = None
-    if recipe.validation or fraction:
-        places = recipe.validation or recipe.train
-        held = tokens_of(
-            recipe, places, tokenizer, say, "train" if fraction else "validation", True if fraction else None
+    train = Rows(chosen.shuffled(recipe.seed), recipe.sequence_length, recipe.layout, pad)
+    if recipe.validation:
+        held = tokens_of(recipe, recipe.validation, "validation", tokenizer, say)
+    elif recipe.validation_fraction:
+        held = tokens_of(recipe, recipe.train, "train", tokenizer, say, held=True)
+    else:
+        return Data(train, {}, None, pad)
+    length = recipe.evaluation_length or recipe.sequence_length
+    by_source = {
+        source: Rows(tokens, length, recipe.layout, pad, recipe.evaluation_rows)
+        for source, tokens in held.by_source().items()
+    }
+    evaluated = {source: rows for source, rows in by_source.items() if len(rows)}
+    if not evaluated:
+        raise ValueError(
+            "No document is left to evaluate on: raise `validation_fraction`, or give more `validation` text."
         )
-        length = recipe.evaluation_length or recipe.sequence_length
-        by_source = {
-            source: Rows(tokens, length, recipe.layout, pad, recipe.evaluation_rows)
-            for source, tokens in held.by_source().items()
-        }
-        evaluated = {source: rows for source, rows in by_source.items() if len(rows)}
-        if not evaluated:
-            raise ValueError(
-                "No document is left to evaluate on: raise `validation_fraction`, or give more `validation` text."
-            )
-        if recipe.memory_tokens:
-            probe = held.ids[: recipe.memory_tokens].long()
-    rows = Rows(chosen.shuffled(recipe.seed), recipe.sequence_length, recipe.layout, pad)
-    return Data(rows, evaluated, probe, pad)
+    probe = held.ids[: recipe.memory_tokens].long() if recipe.memory_tokens else None
+    return Data(train, evaluated, probe, pad)
 
 
 def tokens_of(
-    recipe: TrainingRecipe, places: Sequence[str], tokenizer: Any, say: Say, split: str, held: bool | None
+    recipe: TrainingRecipe, places: Sequence[str], split: str, tokenizer: Any, say: Say, held: bool = False
 ) -> Tokens:
     """
     Args:
-        held: `True` for the documents that `validation_fraction` holds out, `False` for the others, `None` for all.
+        split: of a `datasets` source that names none.
+        held: the documents that `validation_fraction` holds out, or the others, which are all where it is 0.
     """
 
     def make() -> Tokens:
@@ -134,14 +132,13 @@ def local_files(places: Sequence[str]) -> list[Path]:
     return [file.resolve() for place in places if not place.startswith(DATASETS) for file in files_at(place)]
 
 
-def documents(recipe: TrainingRecipe, places: Sequence[str], split: str, held: bool | None) -> Iterator[Document]:
+def documents(recipe: TrainingRecipe, places: Sequence[str], split: str, held: bool = False) -> Iterator[Document]:
     reader = Reader(recipe.text_field, recipe.source_field, recipe.separator, split)
     for document in reader.documents(places):
-        if held is None or held_out(document, recipe.validation_fraction) == held:
+        if held_out(document, recipe.validation_fraction) == held:
             yield document
 
 
 def training_texts(recipe: TrainingRecipe) -> Iterator[str]:
     """What a tokenizer is trained on: nothing that is evaluated on."""
-    held = False if recipe.validation_fraction else None
-    return (document.text for document in documents(recipe, recipe.train, "train", held))
+    return (document.text for document in documents(recipe, recipe.train, "train"))

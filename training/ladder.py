@@ -33,8 +33,9 @@ import modeling_hope  # noqa: F401  the Auto classes then know Hope
 from .data import training_texts
 from .ladder_report import write_report
 from .recipe import SAVED, TrainingRecipe, read_recipe
+from .run_directory import RESULT
 from .tokenizer import train_tokenizer
-from .train import RESULT, train
+from .train import train
 from .trainer import DivergedError
 
 

@@ -200,7 +200,8 @@ class TrainingRecipe:
 
     def as_yaml(self) -> str:
         """Every field, in their order; `from_fields` of it is this recipe."""
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+        fields = dataclasses.asdict(self)
+        return yaml.dump(fields, Dumper=_Brief, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
 
 
 LEAST = {
@@ -248,6 +249,16 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError(f"{path} holds no fields of a recipe: write `field: value` lines.")
     return fields
+
+
+class _Brief(yaml.SafeDumper):
+    """Line breaks as recipe files write them, `"\\n"`."""
+
+
+_Brief.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None),
+)
 
 
 class _EachOnce(yaml.SafeLoader):

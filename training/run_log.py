@@ -9,14 +9,14 @@ from typing import Any
 
 
 FIGURES, LOSSES, MEMORY = "figures.jsonl", "losses.png", "memory.png"
-# By the start of a figure's name, what its panel shows.
+# By the start of a figure's name: what its panel shows, and what its lines are of.
 PANELS = {
-    "memory/rate_": "rate of writing, by layer",
-    "memory/decay_": "decay alpha, by layer",
-    "memory/change_": "change of weights / initial, by layer",
-    "levels/change_norm_": "norm of change, by level",
-    "levels/updates_": "updates, by level",
-    "levels/rate_": "learning rate, by level",
+    "memory/rate_": ("rate of writing", "layer"),
+    "memory/decay_": ("decay alpha", "layer"),
+    "memory/change_": ("norm of change / norm of initial weights", "layer"),
+    "levels/change_norm_": ("norm of change", "level"),
+    "levels/updates_": ("updates", "level"),
+    "levels/rate_": ("learning rate", "level"),
 }
 Entry = dict[str, Any]
 
@@ -59,60 +59,67 @@ def series(history: Sequence[Entry], start: str) -> dict[str, tuple[list[int], l
 
 
 def plot_losses(history: Sequence[Entry], path: Path) -> bool:
-    """The loss, and perplexities by source where there are any."""
+    """The loss, and perplexities by source where there are any: dashed with levels learning."""
     from matplotlib import pyplot
+    from matplotlib.ticker import LogFormatter
 
     evaluated = series(history, "eval_perplexity")
+    sources = sorted({source for name in evaluated if (source := name.partition("/")[2])})
+    if len(sources) == 1:  # which all of the text is
+        evaluated = {name: line for name, line in evaluated.items() if "/" in name}
     figure, axes = pyplot.subplots(
         1 + bool(evaluated), sharex=True, squeeze=False, figsize=(8, 7 if evaluated else 4), layout="constrained"
     )
-    for name, (steps, values) in series(history, "loss").items():
-        axes[0, 0].plot(steps, values, label=f"training{name}", color="#888888")
-    for name, (steps, values) in series(history, "eval_loss").items():
-        axes[0, 0].plot(steps, values, label=f"evaluation{name.replace('_', ', ')}", marker=".")
-    axes[0, 0].set_ylabel("loss, nats per token")
+    losses = axes[0, 0]
+    for line in series(history, "loss").values():
+        losses.plot(*line, label="training", color="#888888")
+    for name, line in series(history, "eval_loss").items():
+        losses.plot(*line, label=f"evaluation{name.replace('_', ', ')}", marker=".", **_style(name, "black"))
+    losses.set_ylabel("loss, nats per token")
     if evaluated:
-        for name, (steps, values) in evaluated.items():
-            label = name.replace("_learning", "learning, ").replace("/", "").strip(", ") or "all"
-            axes[1, 0].plot(steps, values, label=label, marker=".")
-        axes[1, 0].set_ylabel("perplexity")
-        axes[1, 0].set_yscale("log")
-    return _save(figure, axes.flat, path)
+        perplexities = axes[1, 0]
+        for name, line in evaluated.items():
+            learning, _, source = name.partition("/")
+            label = f"{source or 'all'}{learning.replace('_', ', ')}"
+            colour = f"C{sources.index(source)}" if source else "black"
+            perplexities.plot(*line, label=label, marker=".", **_style(learning, colour))
+        perplexities.set_ylabel("perplexity")
+        perplexities.set_yscale("log")
+        perplexities.yaxis.set_major_formatter(LogFormatter())
+        perplexities.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    return _save(figure, path)
+
+
+def _style(learning: str, colour: str) -> dict[str, str]:
+    return {"color": colour, "linestyle": "--" if learning else "-"}
 
 
 def plot_memory(history: Sequence[Entry], path: Path) -> bool:
     """A panel for each kind of figure of the memory; `False` where there are none."""
     from matplotlib import pyplot
 
-    panels = {title: lines for start, title in PANELS.items() if (lines := series(history, start))}
+    panels = [(*panel, lines) for start, panel in PANELS.items() if (lines := series(history, start))]
     if not panels:
         return False
-    figure, axes = pyplot.subplots(
-        -(-len(panels) // 2),
-        2,
-        sharex=True,
-        squeeze=False,
-        figsize=(10, 2.6 * -(-len(panels) // 2)),
-        layout="constrained",
-    )
-    for ax, (title, lines) in zip(axes.flat, panels.items(), strict=False):
+    rows = -(-len(panels) // 2)
+    figure, axes = pyplot.subplots(rows, 2, sharex=True, squeeze=False, figsize=(10, 2.6 * rows), layout="constrained")
+    for ax, (title, of, lines) in zip(axes.flat, panels, strict=False):
         ax.set_title(title, fontsize=10)
-        for name, (steps, values) in lines.items():
-            ax.plot(steps, values, label=name, marker=".")
-    return _save(figure, axes.flat, path)
+        for name, line in lines.items():
+            ax.plot(*line, label=f"{of} {name}", marker=".")
+    return _save(figure, path)
 
 
-def _save(figure: Any, axes: Any, path: Path) -> bool:
+def _save(figure: Any, path: Path) -> bool:
     from matplotlib import pyplot
 
-    for ax in axes:
+    for ax in figure.axes:
         ax.spines[["top", "right"]].set_visible(False)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set_visible(bool(ax.lines))
         if ax.lines:
             ax.legend(frameon=False, fontsize=7)
-        else:
-            ax.set_visible(False)
-    for ax in figure.axes[-2:]:
-        ax.set_xlabel("steps")
+    figure.supxlabel("steps", fontsize=10)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return True

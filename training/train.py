@@ -8,7 +8,7 @@ What the run's directory holds afterwards: `recipe.yaml`, `text.sha256`, by whic
 from __future__ import annotations
 
 import json
-import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -24,12 +23,12 @@ from .console import Console
 from .data import check_apart, read_data, training_texts
 from .models import check_same, load, make_config, make_model
 from .recipe import SAVED, TrainingRecipe
+from .run_directory import MODEL, RESULT, TEXT, check_directory, check_text, last_checkpoint, write
 from .run_log import perplexity_table, write_log
 from .tokenizer import train_tokenizer
 from .trainer import HopeTrainer, not_written, training_arguments
 
 
-MODEL, RESULT, TEXT = "model", "result.json", "text.sha256"
 Say = Callable[[str], None]
 
 
@@ -93,13 +92,14 @@ def train(
         save(trainer, out)
     finally:  # of a run that ends before, too
         files = write_log(trainer.state.log_history, out, recipe.plots) if main else []
+    speeds = [entry["tokens_per_second"] for entry in trainer.state.log_history if "tokens_per_second" in entry]
     result = {
         **metrics,
         "parameters": parameters,
         "tokens": int(trainer.state.num_input_tokens_seen),
         "steps": trainer.state.global_step,
         "seconds": round(time.perf_counter() - started, 1),
-        "tokens_per_second": typical([entry.get("tokens_per_second") for entry in trainer.state.log_history]),
+        "tokens_per_second": statistics.median_high(speeds) if speeds else None,
         "peak_MiB": round(peak_memory() / 2**20),
     }
     if main:
@@ -125,66 +125,6 @@ def save(trainer: HopeTrainer, out: Path) -> None:
         raise not_written("the model", str(out), error) from error
 
 
-def write(path: Path, text: str) -> None:
-    """Whole or not at all, whenever the run is killed."""
-    staged = path.with_name(f"{path.name}.part")
-    staged.write_text(text, encoding="utf-8")
-    staged.replace(path)
-
-
-def check_directory(recipe: TrainingRecipe, out: Path, resume: bool) -> None:
-    """
-    Raises:
-        ValueError: the directory holds a run that is not to be resumed, or there is none, or it is of another recipe, or
-            nothing can be written there.
-    """
-    saved = out / SAVED
-    there = next(place for place in (out, *out.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(
-            f"`out`: nothing can be written to {out}, as {there} is no directory or is read-only. Give another."
-        )
-    if not resume:
-        if (out / RESULT).is_file() or any(out.glob("checkpoint-*")):
-            raise ValueError(f"`out`: {out} holds a run. `--resume` goes on with it; another needs another directory.")
-        return
-    if not saved.is_file():
-        raise ValueError(f"`--resume`: {out} holds no run ({SAVED} is missing). Leave it out to begin one.")
-    known = TrainingRecipe.from_fields(yaml.safe_load(saved.read_text(encoding="utf-8")))
-    differing = [name for name, value in vars(known).items() if name != "out" and value != getattr(recipe, name)]
-    if differing:
-        name = differing[0]
-        raise ValueError(
-            f"`--resume`: the run in {out} has `{name}` {getattr(known, name)!r} and not {getattr(recipe, name)!r}: its losses "
-            "would be others. Leave out what differs, or begin another run."
-        )
-
-
-def check_text(out: Path, digest: str) -> None:
-    """
-    Raises:
-        ValueError: the run in this directory was begun with other text.
-    """
-    known = out / TEXT
-    if known.is_file() and known.read_text().strip() != digest:
-        raise ValueError(
-            "`--resume`: `train` or `validation` holds other text than when the run was begun: its losses would be others. "
-            "Give the text of then, or begin another run."
-        )
-
-
-def last_checkpoint(out: Path) -> Path | None:
-    """The newest checkpoint that was written to its end, of which the trainer's state is the last file."""
-    found = []
-    for path in out.glob("checkpoint-*"):
-        try:
-            state = json.loads((path / "trainer_state.json").read_text())
-            found.append((state["global_step"], path))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # the run was killed while it wrote this one
-    return max(found)[1] if found else None
-
-
 def make_tokenizer(recipe: TrainingRecipe, place: Path | None, say: Say) -> Any:
     """The recipe's, or the one that was trained for the run, which is in `place`."""
     if recipe.train_tokenizer is None:
@@ -195,12 +135,6 @@ def make_tokenizer(recipe: TrainingRecipe, place: Path | None, say: Say) -> Any:
     tokenizer = train_tokenizer(training_texts(recipe), recipe.train_tokenizer)
     say(f"a tokenizer of {len(tokenizer):,} tokens is trained")
     return tokenizer
-
-
-def typical(values: Sequence[float | None]) -> float | None:
-    """The median of those that there are."""
-    known = sorted(value for value in values if value is not None)
-    return known[len(known) // 2] if known else None
 
 
 def peak_memory() -> int:
