@@ -27,20 +27,22 @@ class Plan:
         rows: of each request, what comes after it.
         told: how many tokens of each row belong to the question too; the others are an answer under test.
         asking: the requests whose rows come after the question. The others' are whole.
-        answers: rows one of which the memory goes on with, the most likely one.
+        read: what the memory goes on with, one of `lm_settings.READS`.
+        answers: rows one of which it goes on with, the most likely one.
         rest: tokens that it goes on with in any case.
         new: tokens that may be generated after a row.
-        kept: tokens that the memory has read more afterwards, at most.
+        grows_by: tokens that the memory has read more afterwards, at most.
     """
 
     question: list[int]
     rows: list[list[int]]
     told: list[int]
     asking: list[int]
+    read: str
     answers: list[int] = field(default_factory=list)
     rest: list[int] = field(default_factory=list)
     new: int = 0
-    kept: int = 0
+    grows_by: int = 0
 
     @property
     def longest(self) -> int:

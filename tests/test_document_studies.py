@@ -165,22 +165,34 @@ def test_a_needle_is_found_when_greedy_decoding_says_it():
     assert loss == pytest.approx(float(F.cross_entropy(logits, torch.tensor(said))), rel=1e-5)
 
 
-def write_corpus(directory, documents):
-    (directory / "test").mkdir(parents=True)
+def write_corpus(directory, documents, split="test"):
+    (directory / split).mkdir(parents=True)
     for source, named in documents.items():
         lines = [json.dumps({"text": text, "source": source, "document": name}) for name, text in named.items()]
-        (directory / "test" / f"{source}-00000.jsonl").write_text("\n".join(lines))
+        (directory / split / f"{source}-00000.jsonl").write_text("\n".join(lines))
 
 
-def test_documents_of_the_corpus_are_named_and_chosen_by_a_rule_that_knows_no_results(tmp_path):
-    long, short = "w9 " * 9000, "w9 " * 8000
-    write_corpus(tmp_path, {"b": {f"man/{i}": short if i == 4 else long for i in range(9)}, "a": {"one": short}})
+def test_documents_of_the_corpus_are_chosen_by_a_rule_that_knows_no_results(tmp_path):
+    def text(seed, count=9000):
+        return " ".join(f"w{9 + number}" for number in random_ids(count, seed=seed, vocab_size=30).tolist())
+
+    write_corpus(tmp_path, {"b": {f"man/{i}": text(i, 8000 + 1000 * (i != 4)) for i in range(9)}, "a": {"one": "w9"}})
     chosen = long_documents.choose(tmp_path, chat_tokenizer())
-    assert list(chosen) == ["b"] and len(chosen["b"]) == 3 and "man/4" not in chosen["b"]
-    assert chosen == long_documents.choose(tmp_path, chat_tokenizer())
-    assert len(long_documents.PACKAGED) + len(long_documents.IN_CORPUS) >= 20
-    assert not {"speech-2026", "craft-handbook", "speech-2024"} & {*long_documents.PACKAGED, *long_documents.IN_CORPUS}
+    assert list(chosen) == ["b"] and set(chosen["b"].values()) == {0} and "man/4" not in chosen["b"]
+    first, second, third = chosen["b"]
+    # What the other splits have of them, whatever stands between the words.
+    repeats = {"b": {"man/x": f"w10 {text(int(first[4:]))[:6000].upper().replace(' ', ', ')}"}}
+    write_corpus(tmp_path, repeats, "train")
+    write_corpus(tmp_path, {"c": {"man/y": " ".join(text(int(second[4:])).split()[300:750])}}, "validation")
+    others = long_documents.choose(tmp_path, chat_tokenizer())
+    assert list(others["b"])[:2] == [second, third] and len(others["b"]) == 3 and first not in others["b"]
+    assert others["b"][second] == pytest.approx((450 - 12) / (9000 - 12)) and others["b"][third] == 0
 
+
+def test_documents_are_found_by_name(tmp_path):
+    named = {*long_documents.PACKAGED, *long_documents.IN_CORPUS}
+    assert len(named) == len(long_documents.PACKAGED) + len(long_documents.IN_CORPUS) >= 20
+    assert not {"speech-2026", "craft-handbook", "speech-2024"} & named
     write_corpus(tmp_path / "corpus", {"perl-doc": {"man3/DB_File": "text"}, "sqlite3-doc": {"other": "text"}})
     (tmp_path / "own.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     places = ["perl-doc.man3-DB_File", str(tmp_path / "own.jsonl"), "bayes-workflow"]
