@@ -132,16 +132,30 @@ def test_context_scores_the_same_tokens_after_more_and_more(tmp_path):
 
 
 def test_levels_are_as_many_and_as_slow_as_asked_for(tmp_path):
-    given = {"strategy": "stack", "levels": [1, 3], "slowest": [128], "needle_samples": 1}
+    given = {"strategy": "stack", "levels": [1, 3], "slowest": [128], "needle_samples": 1, "seeds": [3, 4]}
     settings = levels.STUDY.settle({"quick": True, "out": str(tmp_path), **given})
     assert [levels.periods_of(settings, count, 128) for count in (1, 3)] == [[128], [32, 64, 128]]
     assert levels.STUDY.run(settings, say=lambda line: None)
-    found = json.loads((tmp_path / "levels.json").read_text())["results"]
-    assert len({result["loss"] for key, result in found.items() if key.endswith("needles")}) == 3
-    halves = {key.partition("/documents")[0]: result.get("second_half") for key, result in found.items()}
-    assert halves["frozen"] > halves["1-levels/128"] != halves["3-levels/128"]
-    model, _ = levels._reader(settings, [32, 64, 128])
+    figures = json.loads((tmp_path / "levels.json").read_text())
+    found = figures["results"]
+    # Frozen and two configurations with two rates, each on two haystacks.
+    assert len({result["loss"] for key, result in found.items() if "/needles/" in key}) == 10
+    halves = {key: found[f"{key}/documents/generated-1"]["second_half"] for key in ("frozen", "1-levels/128/rate-0.1")}
+    assert len({result["second_half"] for result in found.values() if "second_half" in result}) == 10
+    gains = {each["rate"]: each["gains"] for each in figures["by_rate"] if each["configuration"] == "1-levels/128"}
+    assert gains[0.1]["generated-1"] == pytest.approx(1 - halves["1-levels/128/rate-0.1"] / halves["frozen"])
+    best = max(gains, key=lambda rate: gains[rate]["generated-0"])
+    assert figures["gains"]["1-levels/128"]["generated-1"] == gains[best]["generated-1"] > 0
+    model = levels._reader(settings, levels.Learner((32, 64, 128), 0.05))
     assert model.config.cms_periods == [32, 64, 128] and model.config.cms_levels_per_layer == [[0, 1, 2]] * 2
+    assert model.config.cms_learning_rates == 0.05
+
+
+def test_a_documents_rate_was_chosen_on_the_others():
+    gains = {0.1: {"a": 0.3, "b": 0.1, "c": 0.1}, 0.2: {"a": 0.1, "b": 0.2, "c": 0.15}}
+    assert levels.chosen_rates(gains) == ({"a": 0.2, "b": 0.1, "c": 0.1}, 0.1)
+    assert levels.chosen_rates({**gains, 0.4: dict.fromkeys("abc", -math.inf)})[1] == 0.1  # diverged
+    assert levels.chosen_rates({0.1: {"a": 0.3}}) == ({"a": 0.1}, 0.1)
 
 
 def save_run(place, model, window):
@@ -260,6 +274,14 @@ def test_documents_of_the_corpus_are_named_and_chosen_by_a_rule_that_knows_no_re
         (levels, {"source": "nowhere"}, "`source`: there is no nowhere"),
         (levels, {"levels": [7]}, "7 levels cannot end at 32 tokens"),
         (levels, {"levels": [0]}, "`levels` must be 1 or more"),
+        (levels, {"source": "small:x"}, "`source`: after small: comes a seed"),
+        (levels, {"rates": [0.1, 0.0]}, "`rates` must be above 0"),
+        (
+            levels,
+            {"documents": ["generated:0"]},
+            "`rates`: of a document the rate is taken that was best on the others",
+        ),
+        (levels, {"needle_tokens": 100}, "`needle_tokens`: 100 tokens have no room for a haystack"),
         (levels, {"needles": "multivalue"}, "`needles`: multivalue asks for several values"),
     ],
 )

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub.dataclasses import strict
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from modeling_hope import HopeForCausalLM
-from modeling_hope.conversion import convert
+from modeling_hope.conversion import convert, load_tokenizer
 from modeling_hope.eval.reading import read, with_window
 from modeling_hope.eval.small_model import small_transformer
 from modeling_hope.training.markdown_table import markdown_table
@@ -100,7 +100,7 @@ def load_run(place: str, device: str) -> tuple[HopeForCausalLM, Any]:
         window = SMALL_WINDOW
     else:
         model = AutoModelForCausalLM.from_pretrained(Path(place) / MODEL, dtype=torch.float32).eval()
-        tokenizer = AutoTokenizer.from_pretrained(Path(place) / MODEL)
+        tokenizer = load_tokenizer(Path(place) / MODEL)
         window = yaml.safe_load((Path(place) / SAVED).read_text(encoding="utf-8"))["sequence_length"]
     if not isinstance(model, HopeForCausalLM):
         model = convert(model, periods=[None], check=False)
