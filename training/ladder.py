@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 
 from .data import training_texts
 from .ladder_report import write_report
+from .ladder_runs import PERPLEXITIES, run_place, tuned_rates, tuning_place
 from .recipe import SAVED, TrainingRecipe, read_recipe
 from .run_directory import RESULT
 from .rungs import RUNGS, config_of
@@ -38,7 +39,6 @@ from .trainer import DivergedError
 
 
 FIRST_RATE, FIRST_INNER_RATE = 6e-3, 1.0
-PERPLEXITIES = ("eval_perplexity", "eval_perplexity_learning")  # what a rate, and the levels' own, are chosen by
 TUNED_ON = 5  # a run's tokens over those of a run to tune with
 
 
@@ -104,7 +104,9 @@ class Ladder:
 
     def whole_run(self, name: str, seed: int) -> dict[str, Any]:
         rates = self.rate(name), self.inner_rate(name)
-        return self.run(name, self.place(name, seed), seed, *rates, validation=self.test, validation_fraction=0.0)
+        return self.run(
+            name, run_place(self.out, name, seed), seed, *rates, validation=self.test, validation_fraction=0.0
+        )
 
     def tune(self, name: str) -> None:
         """The rates that a rung does not take from another."""
@@ -115,20 +117,12 @@ class Ladder:
             _walk(FIRST_INNER_RATE, 3, lambda inner: self._perplexity(name, self.rate(name), inner))
 
     def _perplexity(self, name: str, rate: float, inner_rate: float | None) -> float:
-        place = self.out / "tune" / (f"{name}-{rate:g}" if inner_rate is None else f"{name}-inner-{inner_rate:g}")
+        inner = inner_rate is not None
+        place = tuning_place(self.out, name, rate if inner_rate is None else inner_rate, inner)
         try:
-            return float(self.short_run(name, place, 0, rate, inner_rate)[PERPLEXITIES[inner_rate is not None]])
+            return float(self.short_run(name, place, 0, rate, inner_rate)[PERPLEXITIES[inner]])
         except DivergedError:
             return math.inf
-
-    def tuned(self, name: str, inner: bool = False) -> dict[float, float]:
-        """Perplexity by learning rate, or by the levels' own; empty where it was not tuned."""
-        start = f"{name}-inner-" if inner else f"{name}-"
-        found = {
-            path.parent.name.removeprefix(start): path for path in (self.out / "tune").glob(f"{start}[0-9]*/{RESULT}")
-        }
-        key = PERPLEXITIES[inner]
-        return dict(sorted((float(rate), json.loads(path.read_text())[key]) for rate, path in found.items()))
 
     def rate(self, name: str) -> float:
         """
@@ -145,13 +139,10 @@ class Ladder:
         return self._best(rung.inner_rate_of or name, inner=True) if rung.learns else None
 
     def _best(self, name: str, inner: bool) -> float:
-        tuned = self.tuned(name, inner)
+        tuned = tuned_rates(self.out, name, inner)
         if not tuned:
             raise ValueError(f"There is no learning rate of {name!r} yet: run `tune --rungs {name}` first.")
         return min(tuned, key=lambda rate: tuned[rate])
-
-    def place(self, name: str, seed: int) -> Path:
-        return self.out / f"{name}-{seed}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -170,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(given.threads)
     ladder = Ladder(given.out, read_recipe(given.recipe), given.parameters, given.test)
     if given.what == "report":
-        write_report(ladder, given.results)
+        write_report(ladder.out, ladder.recipe, given.results)
         return
     if given.what == "tune":
         for name in given.rungs:
@@ -181,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if given.what == "run" and RUNGS[name].kind != "defaults":
                 ladder.whole_run(name, seed)
             elif given.what == "defaults" and (RUNGS[name].kind == "defaults" or name == "self_referential"):
-                ladder.short_run(name, ladder.out / "defaults" / f"{name}-{seed}", seed, ladder.rate(name))
+                ladder.short_run(name, run_place(ladder.out / "defaults", name, seed), seed, ladder.rate(name))
 
 
 if __name__ == "__main__":

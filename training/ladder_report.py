@@ -6,20 +6,18 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
+from .ladder_runs import finished_runs, run_place, tuned_rates
 from .markdown_table import markdown_table
 from .plots import new_figure, save_figure
 from .recipe import SAVED
 from .run_directory import RESULT
 from .run_log import FIGURES
-from .rungs import RUNGS, finished_runs
+from .rungs import RUNGS
 
-
-if TYPE_CHECKING:
-    from .ladder import Ladder
 
 Run = dict[str, Any]
 WINDOW = 10  # logged losses that a curve is smoothed over
@@ -42,21 +40,21 @@ Perplexity of validation text after a fifth of the tokens.
 HEAD = ["", "what it is", "perplexity", "learning", "learning rate", "tokens/s", "peak MiB", "parameters"]
 
 
-def write_report(ladder: Ladder, out: Path) -> None:
+def write_report(ladder: Path, recipe: dict[str, Any], out: Path) -> None:
     """
-    Write what the runs that came to their end have found.
+    Write what the runs in the ladder's directory that came to their end have found.
 
     Raises:
         ValueError: none has.
     """
-    runs = _runs(ladder, ladder.out)
+    runs = _runs(ladder)
     if not runs:
-        raise ValueError(f"`out`: no run of the ladder in {ladder.out} has come to its end. Run `ladder run` first.")
-    defaults = _runs(ladder, ladder.out / "defaults")
-    tuning = {name: found for name in RUNGS if (found := ladder.tuned(name))}
-    inner = {name: found for name in RUNGS if (found := ladder.tuned(name, inner=True))}
+        raise ValueError(f"`out`: no run of the ladder in {ladder} has come to its end. Run `ladder run` first.")
+    defaults = _runs(ladder / "defaults")
+    tuning = {name: found for name in RUNGS if (found := tuned_rates(ladder, name))}
+    inner = {name: found for name in RUNGS if (found := tuned_rates(ladder, name, inner=True))}
     text = "\n".join(_sections(runs, defaults, tuning, inner)) + "\n"
-    report = {"recipe": ladder.recipe, "tuning": tuning, "inner_tuning": inner, "runs": runs, "defaults": defaults}
+    report = {"recipe": recipe, "tuning": tuning, "inner_tuning": inner, "runs": runs, "defaults": defaults}
     out.mkdir(parents=True, exist_ok=True)
     (out / "ladder.json").write_text(json.dumps(report, indent=1) + "\n")
     (out / "ladder.md").write_text(text)
@@ -64,9 +62,9 @@ def write_report(ladder: Ladder, out: Path) -> None:
     print(text)
 
 
-def _runs(ladder: Ladder, of: Path) -> list[Run]:
+def _runs(out: Path) -> list[Run]:
     found = []
-    for name, seed, place in finished_runs(of):
+    for name, seed, place in finished_runs(out):
         recipe = yaml.safe_load((place / SAVED).read_text())
         result = json.loads((place / RESULT).read_text())
         kept = {key: value for key, value in result.items() if key != "seconds" and not key.startswith("memory/")}
@@ -116,7 +114,7 @@ def _by_rate(tuning: dict[str, dict[float, float]]) -> str:
     return markdown_table(["", *(f"{rate:g}" for rate in rates)], rows)
 
 
-def _plot(ladder: Ladder, runs: Sequence[Run], path: Path) -> None:
+def _plot(ladder: Path, runs: Sequence[Run], path: Path) -> None:
     names = [name for name in RUNGS if _of(runs, name)]
     figure, (left, right) = new_figure(1, 2, size=(12, 5))
     kinds = {"eval_perplexity": ("black", "as trained"), "eval_perplexity_learning": ("tab:green", "learning")}
@@ -130,7 +128,7 @@ def _plot(ladder: Ladder, runs: Sequence[Run], path: Path) -> None:
     left.legend(frameon=False)
     for name in names:
         if RUNGS[name].kind == "step":
-            curves = [_curve(ladder.place(name, run["seed"])) for run in _of(runs, name)]
+            curves = [_curve(run_place(ladder, name, run["seed"])) for run in _of(runs, name)]
             points = [(at[0][0], mean(loss for _, loss in at)) for at in zip(*curves, strict=False)]
             right.plot(*zip(*points, strict=True), label=name, linewidth=1)
     right.set_xlabel("steps")

@@ -1,22 +1,15 @@
-"""
-The ladder's rungs, from a Transformer to Hope one change at a time: their configs at equal parameters, and where their
-finished runs are.
-"""
+"""The ladder's rungs, from a Transformer to Hope one change at a time, and their configs at equal parameters."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import modeling_hope  # noqa: F401  the Auto classes then know Hope
-
-from .run_directory import RESULT
 
 
 UNIT = 4  # levels have multiples of so many hidden units
@@ -120,10 +113,3 @@ def count(fields: dict[str, Any], vocab_size: int) -> int:
         return AutoModelForCausalLM.from_config(
             AutoConfig.for_model(fields.pop("model_type", "hope"), **fields)
         ).num_parameters()
-
-
-def finished_runs(directory: Path) -> Iterator[tuple[str, int, Path]]:
-    """Rung, seed and directory of each run in a directory that came to its end."""
-    for name in RUNGS:
-        for path in sorted(directory.glob(f"{name}-*/{RESULT}")):
-            yield name, int(path.parent.name.rpartition("-")[2]), path.parent

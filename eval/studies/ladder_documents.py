@@ -19,12 +19,13 @@ from modeling_hope import HopeForCausalLM
 from modeling_hope.conversion import convert, load_tokenizer
 from modeling_hope.eval.reading import read, with_window
 from modeling_hope.eval.small_model import small_transformer
+from modeling_hope.training.ladder_runs import finished_runs
 from modeling_hope.training.markdown_table import markdown_table
 from modeling_hope.training.options import option
 from modeling_hope.training.plots import new_figure, save_figure
 from modeling_hope.training.recipe import SAVED
 from modeling_hope.training.run_directory import MODEL
-from modeling_hope.training.rungs import RUNGS, finished_runs
+from modeling_hope.training.rungs import RUNGS
 
 from .document_settings import SMALL, DocumentSettings, check_documents, documents_of
 from .study import Part, Report, Result, Study
