@@ -138,9 +138,9 @@ def with_window(model: HopeForCausalLM, window: int) -> HopeForCausalLM:
         window: tokens in view, besides sinks.
     """
     config = model.config
-    kinds, windows = list(config.layer_types), config.layer_windows
-    for layer, (kind, sinks) in enumerate(zip(config.layer_types, config.layer_sinks, strict=True)):
-        if kind == "full_attention" or sinks:
+    kinds, windows = list(config.layer_types or []), config.layer_windows
+    for layer, sinks in enumerate(config.layer_sinks):
+        if kinds[layer] == "full_attention" or sinks:
             kinds[layer], windows[layer] = "sliding_attention", window
     if windows == config.layer_windows:
         return model

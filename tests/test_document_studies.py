@@ -15,10 +15,10 @@ from transformers import LlamaConfig
 from modeling_hope import HopeCache, HopeForCausalLM
 from modeling_hope.cli.main import main
 from modeling_hope.eval import long_documents
-from modeling_hope.eval.reading import READINGS, Reading, read_as, with_window
+from modeling_hope.eval.reading import READINGS, Reading, feed, read_as, with_window
 from modeling_hope.eval.studies import context, ladder_documents, levels, test_time_learning
 
-from .conftest import chat_tokenizer, random_ids, tiny_config, tiny_model
+from .conftest import assert_same_memory, chat_tokenizer, random_ids, tiny_config, tiny_model
 from .stock_models import SHARED, stock_model
 
 
@@ -60,6 +60,18 @@ def test_readings_equal_a_plain_loop(monkeypatch):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     reading = Reading(expected["frozen"], 0.0, {})
     assert reading.perplexity(0.5) == pytest.approx(math.exp(mean(expected["frozen"][24:])))
+
+
+def test_a_memory_that_is_fed_some_tokens_at_a_time_has_read_them(monkeypatch):
+    monkeypatch.setattr("modeling_hope.eval.reading.TOKENS_PER_CALL", 13)
+    model, ids = tiny_model(**WINDOW), random_ids(50)
+    fed, whole, mask = model.new_memory(), model.new_memory(), torch.arange(50) % 3 > 0
+    last = feed(model, fed, ids, "all", mask)
+    with torch.no_grad():
+        logits = model(ids[None], past_key_values=whole, learn="all", learn_mask=mask[None]).logits
+    torch.testing.assert_close(last, logits[0, -1])
+    assert_same_memory(fed, whole, rtol=1e-9, atol=1e-9)
+    assert feed(model, fed, ids[:0], None) is None and fed.seen == [50]
 
 
 def test_a_window_is_of_layers_that_see_everything_or_keep_sinks():
@@ -281,6 +293,7 @@ def test_documents_of_the_corpus_are_named_and_chosen_by_a_rule_that_knows_no_re
             {"documents": ["generated:0"]},
             "`rates`: of a document the rate is taken that was best on the others",
         ),
+        (levels, {"needle_samples": 0}, "`needle_samples` is 0"),
         (levels, {"needle_tokens": 100}, "`needle_tokens`: 100 tokens have no room for a haystack"),
         (levels, {"needles": "multivalue"}, "`needles`: multivalue asks for several values"),
     ],

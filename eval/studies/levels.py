@@ -90,6 +90,8 @@ def check(settings: LevelsSettings) -> None:
             )
     if not settings.rates or min(settings.rates) <= 0:
         raise ValueError("`rates` must be above 0: give e.g. --rates 0.05 0.1.")
+    if settings.needle_samples < 1:
+        raise ValueError(f"`needle_samples` is {settings.needle_samples}: give at least 1.")
     check_documents(settings)
     if len(settings.rates) > 1 and len(documents_of(settings)) < 2:
         raise ValueError(
