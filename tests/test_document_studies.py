@@ -202,10 +202,10 @@ def test_documents_of_the_corpus_are_named_and_chosen_by_a_rule_that_knows_no_re
     [
         (test_time_learning, {"models": {}}, "`models` is empty: give Hope checkpoints by name"),
         (test_time_learning, {"models": {"a": "nowhere"}}, "`models`: a=nowhere is no directory with a checkpoint"),
-        (test_time_learning, {"tokens": 10}, "`tokens` is 10"),
+        (test_time_learning, {"tokens": 10}, "`tokens` must be 64 or more, got 10"),
         (test_time_learning, {"device": "abacus"}, "`device`: 'abacus' is not here"),
         (context, {"contexts": [64, 5000]}, "`contexts`: 5000 and 64 scored tokens are more than the 4096 that small"),
-        (context, {"contexts": [0]}, "`contexts` and `scored` must be 1 or more"),
+        (context, {"contexts": [0]}, "`contexts` must be 1 or more, got 0"),
         (levels, {"source": ""}, "`source` is empty"),
         (levels, {"source": "nowhere"}, "`source`: there is no nowhere"),
         (levels, {"levels": [7]}, "7 levels cannot end at 32 tokens"),

@@ -12,13 +12,13 @@ from huggingface_hub.errors import StrictDataclassError
 
 from modeling_hope.cli import study as command
 from modeling_hope.cli.main import main
-from modeling_hope.eval.studies.study import Report, Study, StudySettings
+from modeling_hope.eval.studies.study import Report, SeededSettings, Study
 from modeling_hope.training.options import option
 
 
 @strict
 @dataclasses.dataclass
-class SquareSettings(StudySettings):
+class SquareSettings(SeededSettings):
     numbers: list[int] = option(lambda: [2, 3, 4], "squares", "to be squared")
 
 

@@ -23,7 +23,7 @@ from modeling_hope.training.options import option
 from modeling_hope.training.plots import new_figure, save_figure
 
 from .document_settings import SMALL, DocumentSettings, check_documents, documents_of, ids_of
-from .study import Part, Report, Result, Study
+from .study import Part, Report, Result, SeededSettings, Study
 
 
 ABOUT = """Number of levels and slowest period (figure 7; there on MK-NIAH, LongHealth and QASPER): a converted Transformer with each, on long
@@ -34,9 +34,10 @@ FROZEN = "frozen"
 
 @strict
 @dataclasses.dataclass
-class LevelsSettings(DocumentSettings):
+class LevelsSettings(SeededSettings, DocumentSettings):
     """What the study is told."""
 
+    seeds: list[int] = option(lambda: [0], "study", "of haystacks (default: 0)", least=0)
     source: str = option("", "models", "the Transformer to convert: directory of safetensors, or .gguf file")
     strategy: str = option("depth", "models", "how its MLPs become levels", choices=("depth", "split", "stack"))
     window: int | None = option(1024, "models", "of attention, besides 4 sinks; none: as the source has it")

@@ -1,15 +1,4 @@
-"""
-Frozen against learning perplexity over long documents, by one model or by several, that what training on with learning on
-is worth stands beside what the converted model gains.
-
-    hope convert hope-demo/wheels/*.gguf converted --periods 256 --window 1024
-    hope train continue-smollm2 --out continued/first_order
-    hope train continue-smollm2 --out continued/second_order --config cms_training=second_order cms_learn_rates=true \\
-        cms_max_backprop_updates=1 --rates-learning-rate 3e-2
-    hope train continue-smollm2 --out continued/control --config cms_training=static
-    hope study test_time_learning --models converted=converted control=continued/control/model \\
-        first_order=continued/first_order/model second_order=continued/second_order/model
-"""
+"""Frozen against learning perplexity over long documents, by one model or by several that stand beside the first."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
