@@ -39,7 +39,7 @@ def test_formal_languages_are_printed_beside_table_5(tmp_path):
 
 def test_mad_is_printed_beside_table_4(tmp_path):
     figures, text = quick(tmp_path, "mad", "--tasks", "compression", "memorization")
-    assert set(figures["means"]["hope"]) == {"compression", "memorization"}
+    assert set(figures["means"]["class_accuracy"]["hope"]) == {"compression", "memorization"}
     assert "| paper: Hope | 51.2 | 85.2 |" in text and "Here (reduced): 1 epochs" in text
     assert list(figures["parts"]["compression/hope/first/seed-0"]["validation"]) == ["rate-0.001-decay-0"]
 
@@ -107,7 +107,7 @@ def test_an_optimizer_goes_down_a_valley_and_learns_tasks():
     ("name", "flags", "said"),
     [
         ("formal_languages", ["--languages", "dyck"], "invalid choice: 'dyck'"),
-        ("formal_languages", ["--rungs", "mamba"], "there is no 'mamba'"),
+        ("formal_languages", ["--rungs", "mamba"], "`rungs` must be one of transformer"),
         ("formal_languages", ["--parameters", "10"], "`parameters`: a rung has"),
         ("formal_languages", ["--fields", "memory_depht=1"], "memory_depht"),
         ("formal_languages", ["--epochs", "0"], "`epochs` must be 1 or more"),
