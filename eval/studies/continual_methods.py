@@ -200,9 +200,8 @@ class InContext(Learner):
         """Tokens of examples that the context has room for."""
         config = self.model.config
         layers = zip(config.layer_windows, config.layer_sinks, strict=True)
-        return (
-            min([config.max_position_embeddings, *(window for window, sinks in layers if sinks)]) - self.backbone.room
-        )
+        windows = [window for window, sinks in layers if sinks and window is not None]  # others slid in the source too
+        return min([config.max_position_embeddings, *windows]) - self.backbone.room
 
     @property
     def rows(self) -> int:
