@@ -20,11 +20,10 @@ from transformers import initialization as init
 from modeling_hope import HopeCache, HopeConfig, HopeForCausalLM, consolidate
 from modeling_hope.eval.generators.class_streams import ClassTask, Example
 from modeling_hope.eval.reading import at_native_context, feed
+from modeling_hope.training.rows import IGNORED
 
 from .class_prediction import Writer, predict
 
-
-IGNORED = -100
 
 Choice = dict[str, Any]
 

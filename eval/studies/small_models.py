@@ -13,11 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from modeling_hope import HopeConfig
+from modeling_hope.training.rows import IGNORED
 from modeling_hope.training.rungs import ATTENTION, RUNGS, SELF, config_of
 
 
 CHECKPOINT = "checkpoint.pt"
-IGNORED = -100
 BUCKET = 16  # batches whose sequences are sorted by length together
 WARMUP = 50  # steps
 LARGEST_NORM = 1.0  # of a gradient

@@ -18,7 +18,7 @@ ABOUT = """Frozen against learning perplexity of the second half of long documen
 
 Each document is read three times by each model: frozen with its window and sinks, learning with the same, and frozen at
 the native context. Every token's loss is taken before the model has learned from it."""
-PARTS = 8  # of a document, whose losses are kept
+EIGHTHS = 8  # of a document, whose losses are kept
 WORSE = 0.01  # a document counts as worse when its perplexity rises by more
 
 
@@ -37,7 +37,7 @@ def _read(settings: ReaderSettings, model: str, kind: str, document: str, _: Pat
         "first_half": reading.perplexity(0, 0.5),
         "second_half": reading.perplexity(0.5),
         "all": reading.perplexity(),
-        "parts": [reading.perplexity(part / PARTS, (part + 1) / PARTS) for part in range(PARTS)],
+        "parts": [reading.perplexity(part / EIGHTHS, (part + 1) / EIGHTHS) for part in range(EIGHTHS)],
         "tokens": len(ids),
     }
 
@@ -131,13 +131,13 @@ def _plot(
         for kind, style in zip(READINGS, ("--", "-", ":"), strict=True):
             mean_of = [
                 mean(found[f"{name}/{kind}/{document}"]["parts"][part] for document in documents)
-                for part in range(PARTS)
+                for part in range(EIGHTHS)
             ]
-            right.plot(range(1, PARTS + 1), mean_of, style, label=f"{name}, {kind}")
+            right.plot(range(1, EIGHTHS + 1), mean_of, style, label=f"{name}, {kind}")
     left.axvline(0, color="#888888", linewidth=0.8)
     left.invert_yaxis()
     left.set_xlabel("lower perplexity by learning, second half, %")
-    right.set_xlabel(f"part of the document, of {PARTS}")
+    right.set_xlabel(f"part of the document, of {EIGHTHS}")
     right.set_ylabel("perplexity, mean over documents")
     for axes in (left, right):
         axes.legend(frameon=False, fontsize=8)
