@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from modeling_hope.training.yaml_numbers import load
+
 
 MOST_CHOICES = 7  # that stand in a flag's own line of the help
 
@@ -58,7 +60,7 @@ def add_field(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
 def scalar(text: str) -> Any:
     """A number, `none`, or a word, as YAML has them."""
     try:
-        return None if text == "none" else yaml.safe_load(text)
+        return None if text == "none" else load(text)
     except yaml.YAMLError:
         raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
 
@@ -73,7 +75,7 @@ def setting(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise argparse.ArgumentTypeError(f"{text!r}: give KEY=VALUE, e.g. hidden_size=64")
     try:
-        return key, yaml.safe_load(value)
+        return key, load(value)
     except yaml.YAMLError:
         raise argparse.ArgumentTypeError(f"{text!r}: the value is no YAML") from None
 

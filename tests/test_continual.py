@@ -17,7 +17,13 @@ from modeling_hope.eval.generators.class_streams import class_stream, load_class
 from modeling_hope.eval.studies import continual
 from modeling_hope.eval.studies.accuracy_matrix import average_accuracy, forgetting, mean_matrix
 from modeling_hope.eval.studies.class_prediction import Writer, predict
-from modeling_hope.eval.studies.continual_methods import ClassMeans, InContext, ewc_penalty, fisher_information
+from modeling_hope.eval.studies.continual_methods import (
+    ClassMeans,
+    InContext,
+    Joint,
+    add_ewc_gradient,
+    fisher_information,
+)
 
 from .test_class_streams import data  # noqa: F401
 
@@ -27,19 +33,18 @@ TASKS = Path(next(iter(modeling_hope.eval.__path__))) / "tasks" / "class_increme
 
 
 @pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    out = str(tmp_path_factory.mktemp("study"))
-    return continual._backbone(continual.STUDY.settle({"quick": True, "out": out}))
-
-
-@pytest.fixture(scope="module")
 def stream():
     return class_stream("invented", tasks=3, classes_per_task=2, train=3, validation=1, test=2)
 
 
+@pytest.fixture(scope="module")
+def backbone(stream):
+    return continual.backbone_for(continual.STUDY.settle({"quick": True}), stream)
+
+
 def learner(backbone, name, **choice):
     method = continual.METHODS[name]
-    return method.learner(backbone, {**method.choices[1], **choice}, 0)
+    return method.learner(backbone, {**method.choices[-1], **choice}, 0)
 
 
 def test_average_accuracy_and_forgetting_are_those_of_the_definition():
@@ -63,20 +68,40 @@ def test_the_penalty_of_ewc_and_its_fisher_information_are_those_of_the_definiti
     torch.testing.assert_close(fisher["weight"], direct.detach())
     torch.testing.assert_close(fisher["bias"], errors.square().mean(0).detach())
     anchor = {name: torch.randn_like(weight) for name, weight in model.named_parameters()}
-    penalty = ewc_penalty(dict(model.named_parameters()), fisher, anchor)
-    expected = sum(
-        float(fisher[name].flatten()[i] * (weight.detach().flatten()[i] - anchor[name].flatten()[i]) ** 2 / 2)
-        for name, weight in model.named_parameters()
-        for i in range(weight.numel())
-    )
-    assert float(penalty.detach()) == pytest.approx(expected)
-    penalty.backward()
-    torch.testing.assert_close(model.weight.grad, fisher["weight"] * (model.weight.detach() - anchor["weight"]))
+    for losses_gradient in model.parameters():
+        losses_gradient.grad = torch.ones_like(losses_gradient)
+    add_ewc_gradient(model, fisher, anchor, 10.0)
+    for name, weight in model.named_parameters():
+        again = weight.detach().clone().requires_grad_()
+        (10 / 2 * (fisher[name] * (again - anchor[name]).square()).sum()).backward()
+        torch.testing.assert_close(weight.grad, 1 + again.grad)
+
+
+def test_a_copy_of_the_backbone_has_weights_of_its_own_tied_as_they_were(backbone):
+    copied = backbone.copy(cms_learning_rates=0.3)
+    before = {name: weight.clone() for name, weight in backbone.model.state_dict().items()}
+    with torch.no_grad():
+        for weight in copied.parameters():
+            weight.add_(1.0)
+    assert copied.config.cms_learning_rates == 0.3 != backbone.model.config.cms_learning_rates
+    assert all(torch.equal(weight, before[name]) for name, weight in backbone.model.state_dict().items())
+    assert len(list(copied.parameters())) == len(list(backbone.model.parameters()))
+
+
+def test_the_loss_is_of_the_answers_tokens_each_example_read_alone(backbone, stream):
+    method = learner(backbone, "fine_tuning")
+    examples = stream[0].train[:3]
+    losses = []
+    for ids, answer in map(method.writer.example, examples):
+        logits = method.model(torch.tensor([ids]), learn="off", use_cache=False).logits[0]
+        each = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none")
+        losses.append(each[torch.tensor(answer[1:]) == 1])
+    torch.testing.assert_close(method.loss(examples), torch.cat(losses).mean())
 
 
 @torch.no_grad()
 def test_classes_are_named_as_one_by_one_and_the_memory_stays_as_it_is(backbone):
-    model, writer = backbone.load(), Writer(backbone.tokenizer)
+    model, writer = backbone.model, Writer(backbone.tokenizer)
     memory = model.new_memory()
     model(torch.tensor([writer.example(class_stream("invented", tasks=1)[0].train[0])[0]]), past_key_values=memory)
     before = memory.clone()
@@ -114,7 +139,7 @@ def test_a_stream_that_was_stopped_goes_on_to_the_same_end(backbone, stream, nam
     again.learn = lambda task: (seen.append(task), again_learn(task))
     matrix, _ = continual.run_stream(again, stream, tmp_path / "stopped")
     assert matrix == whole and seen[-1] is stream[2]
-    assert [len(row) for row in whole] == ([0, 0, 3] if name == "joint" else [1, 2, 3])
+    assert [len(row) for row in whole] == ([0, 0, 3] if learner(backbone, name).only_at_end else [1, 2, 3])
     assert not list((tmp_path / "stopped").iterdir())
 
 
@@ -134,6 +159,9 @@ def recorded(monkeypatch):
             def learn(self, task):
                 self.streams[-1]["learned"] += task.train
 
+            def finish(self):
+                pass
+
             def predict(self, texts, classes):
                 self.streams[-1]["asked"] += texts
                 return [classes[0]] * len(texts)
@@ -148,10 +176,13 @@ def recorded(monkeypatch):
 def test_methods_see_the_same_examples_and_none_that_is_asked_for(recorded, tmp_path):
     settings = continual.STUDY.settle({"quick": True, "out": str(tmp_path), "choices": 2, "seeds": [0, 1]})
     assert continual.STUDY.run(settings, say=lambda text: None)
-    one, *others = recorded.values()
-    assert all(other == one or name == "joint" for name, other in zip(list(recorded)[1:], others, strict=True))
-    joint = recorded["joint"]
-    assert [run["learned"] for run in joint] == [run["learned"] for run in one]
+    one = recorded["hope"]
+    at_end = {"in_context_native", "joint"}  # these are not asked before
+    for name, other in recorded.items():
+        tried = 1 if name == "zero_shot" else 2
+        assert [run["learned"] for run in other[tried:]] == [run["learned"] for run in one[2:]]
+        assert [run["learned"] for run in other[:tried]] == [run["learned"] for run in one[:tried]]
+        assert name in at_end or other[tried:] == one[2:]
     assert [run["seed"] for run in one] == [1000, 1000, 0, 1] and all(run["learned"] for run in one)
     classes = load_classes("invented")
     test = {text for of_class in classes["test"].values() for text in of_class}
@@ -159,7 +190,34 @@ def test_methods_see_the_same_examples_and_none_that_is_asked_for(recorded, tmp_
     for run in one:
         assert not {example.text for example in run["learned"]} & (test | validation)
         assert set(run["asked"]) <= (validation if run["seed"] == 1000 else test)
-    assert len({len(method.choices) for method in continual.METHODS.values()}) == 1  # the same budget for all
+
+
+def test_every_rival_has_as_many_settings_to_try():
+    rivals = {name: method for name, method in continual.METHODS.items() if name not in ("joint", "zero_shot")}
+    assert {len(method.choices) for method in rivals.values()} == {4}
+    for name, method in rivals.items():
+        assert len({json.dumps(choice) for choice in method.choices}) == 4, name
+    trained = {(choice["rate"], choice["passes"]) for choice in continual.TRAINED}
+    of_ewc = {(choice["rate"], choice["passes"]) for choice in continual.METHODS["ewc"].choices}
+    assert (1e-4, 3) in of_ewc <= trained
+
+
+def test_a_setting_at_the_edge_of_what_was_tried_is_named():
+    choices = [{"rate": rate, "passes": passes, "kind": "a"} for rate, passes in ((0.1, 1), (0.2, 1), (0.3, 3))]
+    assert continual.edges(choices[0], choices) == ["rate"]  # there are no fewer passes than one
+    assert continual.edges(choices[1], choices) == []
+    assert continual.edges(choices[2], choices) == ["rate", "passes"]
+    assert continual.edges({"shots": None}, [{"shots": None}, {"shots": 1}]) == []
+
+
+def test_learning_is_timed_to_its_end(backbone, stream, tmp_path, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(continual.time, "perf_counter", lambda: float(next(clock)))
+    method, finished = learner(backbone, "joint"), []
+    monkeypatch.setattr(method, "finish", lambda: finished.append(next(clock)))
+    assert isinstance(method, Joint)
+    _, seconds = continual.run_stream(method, stream, tmp_path)
+    assert len(finished) == 1 and seconds == 3 + 1  # a tick for each task, and one more within the last
 
 
 def test_the_best_choice_is_taken_and_none_before_all_are_there(tmp_path):
@@ -174,23 +232,27 @@ def test_the_best_choice_is_taken_and_none_before_all_are_there(tmp_path):
 
 
 def test_the_prompt_holds_the_newest_or_as_many_of_each_class_as_there_is_room_for(backbone, stream):
-    for native, name in ((False, "in_context"), (True, "in_context_native")):
-        for chosen in ("recent", "mixed", "balanced", "none"):
-            made = learner(backbone, name, chosen=chosen)
-            assert made.budget == (256 if native else 128) - 64 and isinstance(made, InContext)
+    longest = max(len(backbone.writer.question(example.text)) for task in stream for example in task.test)
+    assert longest < backbone.room < longest + 12
+    for name, window in (("in_context", 128), ("in_context_native", 4096)):
+        for choice in continual.IN_CONTEXT:
+            made = learner(backbone, name, **choice)
+            assert made.budget == window - backbone.room and isinstance(made, InContext)
             for task in stream:
                 made.learn(task)
+            made.finish()
             taken = made.chosen()
             size = sum(len(made.writer.example(example)[0]) for example in taken)
-            assert size <= made.budget and made.context().seen == [size]
+            assert 0 < size <= made.budget and made.context().seen == [size]
             told = [example for task in stream for example in task.train]
-            if chosen in ("recent", "mixed"):
-                assert set(taken) == set(told[-len(taken) :])
-            if chosen == "recent":
+            counts = [sum(example.label == name for example in taken) for task in stream for name in task.classes]
+            assert max(counts) <= (choice["shots"] or 3)
+            if choice["chosen"] == "recent" and choice["shots"] is None:
                 assert taken == told[-len(taken) :]
-            if chosen == "balanced" and native:
-                counts = [sum(example.label == name for example in taken) for task in stream for name in task.classes]
-                assert max(counts) - min(counts) <= 1
+            if choice["chosen"] == "recent":
+                assert [told.index(example) for example in taken] == sorted(told.index(example) for example in taken)
+            if name == "in_context_native":
+                assert counts == [choice["shots"] or 3] * 6
 
 
 def test_means_of_classes_find_what_the_states_tell_apart(backbone, stream):
@@ -226,8 +288,12 @@ def test_the_quick_form_writes_tables_figures_and_a_plot(tmp_path, capsys):
         (["--tuning-tasks", "4"], "`tuning_tasks` must be between 1 and the 3 tasks"),
         (["--seeds", "1000"], "`seeds`: 1000 is the order of classes that settings are chosen on"),
         (["--tasks", "20"], "`tasks`: 20 tasks"),
-        (["--no-quick", "--model", "nowhere"], "`model`: nowhere is no checkpoint. Convert one"),
-        (["--no-quick", "--model", "{llama}"], "`model`: .* is a 'llama' and no Hope model"),
+        (["--model", "nowhere"], "`model`: nowhere is no checkpoint. Convert one"),
+        (["--model", "small:x"], "`model`: 'small:x' has no seed"),
+        (["--choices", "0"], "`choices` must be 1 or more, got 0"),
+        (["--rows", "0"], "`rows` must be 1 or more, got 0"),
+        (["--device", "abacus"], "`device`: 'abacus' is not here"),
+        (["--model", "{llama}"], "`model`: .* is a 'llama' and no Hope model"),
         (["--dataset", "clinc150", "--data", "{llama}"], "`data`: .* has no clinc150_full.json"),
     ],
 )
@@ -274,7 +340,7 @@ def test_tasks_of_lm_eval_teach_before_they_ask(data, dataset):  # noqa: F811
     stream = class_stream(dataset, data, tasks=3, train=3, validation=0, test=2)
     for doc, task in zip([doc for doc in docs if doc["task"] < 0], stream, strict=True):
         told = [f"Query: {example.text}\nIntent: {example.label}" for example in task.train]
-        assert doc["text"] == "\n\n".join(told)
+        assert doc["text"] == "\n".join(told)
     docs, found = evaluate(f"{name}_prompt", lambda doc: doc["label"].upper(), shots=2, **here)
     assert len(docs) == 12 and all(doc["text"].count("Intent:") == 13 for doc in docs)
     assert found["accuracy,none"] == 1 and "forgetting,none" not in found

@@ -39,7 +39,10 @@ def test_formal_languages_are_printed_beside_table_5(tmp_path):
 
 def test_mad_is_printed_beside_table_4(tmp_path):
     figures, text = quick(tmp_path, "mad", "--tasks", "compression", "memorization")
-    assert set(figures["means"]["hope"]) == {"compression", "memorization"}
+    assert set(figures["means"]["class_accuracy"]["hope"]) == {"compression", "memorization"}
+    compression = figures["parts"]["compression/hope/first/seed-0"]
+    assert figures["means"]["class_accuracy"]["hope"]["compression"] == compression["class_accuracy"]
+    assert f"| hope | {compression['class_accuracy']:.1f} | " in text  # what the paper's row is
     assert "| paper: Hope | 51.2 | 85.2 |" in text and "Here (reduced): 1 epochs" in text
     assert list(figures["parts"]["compression/hope/first/seed-0"]["validation"]) == ["rate-0.001-decay-0"]
 
@@ -77,9 +80,13 @@ def test_tuning_that_was_killed_goes_on_with_the_trials_that_are_missing(tmp_pat
     (tmp_path / "whole").mkdir()
     with pytest.raises(KeyboardInterrupt):
         optimizers.compare(settings, "orthogonal", "Adam", tmp_path / "killed")
+    with (tmp_path / "killed" / "trials.jsonl").open("a") as file:
+        file.write('{"drawn": {"lr')  # killed while it wrote
     gone_on = optimizers.compare(settings, "orthogonal", "Adam", tmp_path / "killed")
     assert len(tried) == 5 and tried[2] == tried[3]
     assert gone_on == optimizers.compare(settings, "orthogonal", "Adam", tmp_path / "whole")
+    kept = [(tmp_path / place / "trials.jsonl").read_text() for place in ("killed", "whole")]
+    assert kept[0] == kept[1]
 
 
 @torch.no_grad()
@@ -107,10 +114,16 @@ def test_an_optimizer_goes_down_a_valley_and_learns_tasks():
     ("name", "flags", "said"),
     [
         ("formal_languages", ["--languages", "dyck"], "invalid choice: 'dyck'"),
-        ("formal_languages", ["--rungs", "mamba"], "there is no 'mamba'"),
+        ("formal_languages", ["--rungs", "mamba"], "`rungs` must be one of transformer"),
         ("formal_languages", ["--parameters", "10"], "`parameters`: a rung has"),
         ("formal_languages", ["--fields", "memory_depht=1"], "memory_depht"),
         ("formal_languages", ["--epochs", "0"], "`epochs` must be 1 or more"),
+        ("formal_languages", ["--rates", "0"], "`rates` must be above 0, got 0"),
+        ("formal_languages", ["--hidden", "7"], "`hidden`: 1 `heads` of one even width do not come to 7"),
+        ("mad", ["--heads", "3"], "`hidden`: 3 `heads` of one even width do not come to 16. Give a multiple of 6"),
+        ("mad", ["--device", "abacus"], "`device`: 'abacus' is not here"),
+        ("optimizers", ["--trials", "x"], "Field 'trials' expected int"),
+        ("optimizers", ["--seeds", "1000"], "`seeds`: 1000 is one that settings are tried on"),
         ("mad", ["--tasks", "noisy_recall"], "invalid choice: 'noisy_recall'"),
         ("mad", ["--variants", "some"], "variants"),
         ("optimizers", ["--toys", "hill"], "invalid choice: 'hill'"),
@@ -219,6 +232,26 @@ def test_the_protocol_that_is_best_on_what_is_held_out_is_chosen_and_training_en
     assert score(tuned.model, looked_up, data).whole == 1
     small_models.forget_checkpoints(tmp_path)
     assert not list(tmp_path.glob("**/*.pt"))
+
+
+def test_where_all_protocols_diverge_there_is_no_score(tmp_path):
+    protocols = {"a": Protocol(math.inf, 0.0, (0.9, 0.99), 4, 2), "b": Protocol(math.inf, 0.1, (0.9, 0.99), 4, 2)}
+    tuned = tune(Lookup, looked_up, some_data(), some_data(), protocols, 0, tmp_path)
+    assert tuned.chosen is None and tuned.model is None and list(tuned.curves) == ["a", "b"]
+
+
+def test_a_report_says_what_diverged(tmp_path, monkeypatch):
+    def diverges(make, read, train, held_out, protocols, seed, place):
+        last = {"whole": 0.0, "positions": 0.0, "classes": 0.0, "loss": math.nan}
+        return small_models.Tuned(None, None, {name: [last] for name in protocols})
+
+    for study, flags, said in (
+        (formal_languages, ["--languages", "anbn", "--rungs", "hope"], "diverged / diverged"),
+        (mad, ["--tasks", "memorization", "--rungs", "hope"], "| hope | diverged |"),
+    ):
+        monkeypatch.setattr(study, "tune", diverges)
+        figures, text = quick(tmp_path / study.STUDY.name, study.STUDY.name, *flags)
+        assert said in text and all(part["chosen"] is None for part in figures["parts"].values())
 
 
 def test_compression_is_decoded_from_the_last_position_alone():

@@ -4,24 +4,30 @@ import dataclasses
 import json
 import re
 import sys
+import typing
+from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
+import modeling_hope.eval.studies
 from modeling_hope.cli import study as command
+from modeling_hope.cli.field_flags import scalar, setting
 from modeling_hope.cli.main import main
-from modeling_hope.eval.studies.study import Report, Study, StudySettings
+from modeling_hope.eval.studies.study import Report, SeededSettings, Study
 from modeling_hope.training.options import option
 
 
 @strict
 @dataclasses.dataclass
-class SquareSettings(StudySettings):
+class SquareSettings(SeededSettings):
     numbers: list[int] = option(lambda: [2, 3, 4], "squares", "to be squared")
 
 
+LISTED = list(command.STUDIES)
 ran = []
 
 
@@ -29,7 +35,10 @@ def square(settings, number, seed):
     def part(place):
         assert place.is_dir()
         ran.append((number, seed))
+        if number == 0:
+            raise ValueError("`numbers`: 0 has no square here. Leave it out.")
         if number < 0:
+            (place / "begun").write_text("half")
             raise KeyboardInterrupt
         return {"square": number**2, "seed": seed, "nothing": float("nan")}
 
@@ -111,5 +120,70 @@ def test_settings_that_are_not_there_or_have_another_type_are_refused():
         STUDY.settle({"numbr": [1]})
     with pytest.raises(StrictDataclassError, match="numbers"):
         STUDY.settle({"numbers": "many"})
-    with pytest.raises(ValueError, match="`seeds` is empty"):
+    with pytest.raises(ValueError, match="`seeds` is empty: give at least one"):
         STUDY.settle({"seeds": []})
+
+
+def test_every_study_is_listed():
+    directory = Path(next(iter(modeling_hope.eval.studies.__path__)))
+    found = [path.stem for path in directory.glob("*.py") if "\nSTUDY = Study(" in path.read_text()]
+    assert sorted(LISTED) == sorted(found)
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_types_of_every_studys_settings_are_checked(name):
+    study = import_module(f"modeling_hope.eval.studies.{name}").STUDY
+    assert study.name == name and study.settle({"quick": True}).quick
+    for field in dataclasses.fields(study.settings):
+        wrong = {} if field.type in (str, str | None) else "x"
+        with pytest.raises(StrictDataclassError, match=field.name):
+            study.settle({"quick": True, field.name: wrong})
+        if int in (field.type, *typing.get_args(field.type)):
+            for value in (True, 2.5):
+                with pytest.raises(StrictDataclassError, match=field.name):
+                    study.settle({"quick": True, field.name: [value] if field.type == list[int] else value})
+
+
+def test_settings_whose_types_are_text_are_refused():
+    text = dataclasses.make_dataclass(
+        "Text", [("number", "int", option(1, "study", "of things"))], bases=(SeededSettings,)
+    )
+    with pytest.raises(TypeError, match="Text has types that are text"):
+        dataclasses.replace(STUDY, settings=text).settle({})
+
+
+def test_numbers_are_written_as_in_python(tmp_path):
+    for text, value in (("1e-4", 1e-4), ("3E2", 300.0), ("-.5e+1", -5.0), ("7", 7), ("0.1", 0.1), ("none", None)):
+        assert scalar(text) == value and type(scalar(text)) is type(value)
+    assert setting("rate=1e-3") == ("rate", 1e-3) and setting("rates=[1e-1, 2]") == ("rates", [0.1, 2])
+    assert setting("name=1e-4x") == ("name", "1e-4x") and setting("name='1e-4'") == ("name", "1e-4")
+
+
+def test_whole_numbers_are_floats_where_those_are_declared():
+    @strict
+    @dataclasses.dataclass
+    class RateSettings(SeededSettings):
+        rate: float | None = option(None, "study", "", above=0)
+        rates: list[float] = option(lambda: [0.1], "study", "", least=0)
+
+    study = dataclasses.replace(STUDY, settings=RateSettings, quick={})
+    settings = study.settle({"rate": 2, "rates": [1, 0.5]})
+    assert (type(settings.rate), settings.rates, type(settings.rates[0])) == (float, [1.0, 0.5], float)
+    for given, said in (
+        ({"rate": 0}, "`rate` must be above 0, got 0.0"),
+        ({"rate": float("nan")}, "`rate` must be above 0, got nan"),
+        ({"rates": [0.1, -1]}, "`rates` must be 0 or more, got -1.0"),
+        ({"rates": [float("inf")]}, "`rates` must be 0 or more, got inf"),
+        ({"rates": []}, "`rates` is empty"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            study.settle(given)
+
+
+def test_a_start_that_failed_does_not_refuse_the_command_that_is_right(tmp_path, capsys):
+    flags = ["study", "squares", "--out", str(tmp_path), "--seeds", "0", "--numbers"]
+    assert main([*flags, "0"]) == 2 and "0 has no square" in capsys.readouterr().err
+    assert main([*flags, "-1"]) == 130  # and leaves a file to go on from
+    assert main([*flags, "3"]) == 2 and "`numbers`: the study" in capsys.readouterr().err
+    (tmp_path / "parts" / "-1" / "seed-0" / "begun").unlink()
+    assert main([*flags, "3"]) == 0

@@ -83,7 +83,7 @@ def parse(*flags):
 
 def test_a_recipe_that_cannot_be_is_refused_by_the_name_of_its_field(tmp_path):
     good = {"out": "run", "train": ["a.txt"], "steps": 1, "train_tokenizer": 300}
-    assert TrainingRecipe.from_fields({**good, "learning_rate": "1e-3", "epochs": None}).learning_rate == 1e-3
+    assert type(TrainingRecipe.from_fields({**good, "learning_rate": 1, "epochs": None}).learning_rate) is float
     for fields, named in (
         ({"stpes": 3}, "no field `stpes`"),
         ({"steps": "many"}, "steps"),
@@ -118,6 +118,9 @@ def test_a_recipe_that_cannot_be_is_refused_by_the_name_of_its_field(tmp_path):
     (tmp_path / "list.yaml").write_text("- a\n")
     (tmp_path / "broken.yaml").write_text("a: [")
     (tmp_path / "twice.yaml").write_text("steps: 1\nepochs: 2\nsteps: 3\n")
+    (tmp_path / "numbers.yaml").write_text("learning_rate: 1e-3\noptimizer_options: {betas: [.9, 5e-1]}\nout: '1e-3'\n")
+    numbers = {"learning_rate": 1e-3, "optimizer_options": {"betas": [0.9, 0.5]}, "out": "1e-3"}
+    assert read_recipe(tmp_path / "numbers.yaml") == numbers
     (tmp_path / "latin.yaml").write_bytes(b"out: caf\xe9\n")
     for name, named in (("twice.yaml", "`steps` stands there twice.*line 3"), ("latin.yaml", "latin.yaml is no UTF-8")):
         with pytest.raises(ValueError, match=named):

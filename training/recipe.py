@@ -1,9 +1,6 @@
 """A recipe: all that a training run is made of, as typed fields, read from YAML or from flags and checked at once."""
 
 import dataclasses
-import math
-import types
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,8 @@ from transformers import SchedulerType, TrainingArguments
 
 from modeling_hope.optimizers.by_name import OPTIMIZERS
 
-from .options import option
+from .options import as_declared, check_options, option
+from .yaml_numbers import Dumper, Loader
 
 
 LAYOUTS = ("packed", "concatenated", "documents")
@@ -43,7 +41,7 @@ class TrainingRecipe:
     config_from: str | None = option(None, "model", "directory or hub name whose config a new model has")
     tokenizer: str | None = option(None, "model", "directory or hub name of a tokenizer; none: that of `model`")
     train_tokenizer: int | None = option(
-        None, "model", "train a byte-level BPE tokenizer of so many tokens on the text to train on"
+        None, "model", "train a byte-level BPE tokenizer of so many tokens on the text to train on", least=258
     )
 
     train: list[str] = option(
@@ -63,22 +61,23 @@ class TrainingRecipe:
         "documents: one a row, longer ones in several rows, shorter ones padded",
         LAYOUTS,
     )
-    sequence_length: int = option(512, "data", "tokens of a row, at most")
-    min_document_tokens: int = option(2, "data", "leave shorter documents out")
+    sequence_length: int = option(512, "data", "tokens of a row, at most", least=2)
+    min_document_tokens: int = option(2, "data", "leave shorter documents out", least=2)
     token_cache: str | None = option(None, "data", "directory for tokenized text, which other runs then need not make")
 
-    steps: int | None = option(None, "training", "steps of the optimizer; none: as many as `epochs` take")
-    epochs: float | None = option(None, "training", "passes over the text")
-    batch_size: int = option(8, "training", "rows of a process at a time")
-    accumulate: int = option(1, "training", "batches to a step")
+    steps: int | None = option(None, "training", "steps of the optimizer; none: as many as `epochs` take", least=1)
+    epochs: float | None = option(None, "training", "passes over the text", above=0)
+    batch_size: int = option(8, "training", "rows of a process at a time", least=1)
+    accumulate: int = option(1, "training", "batches to a step", least=1)
     optimizer: str = option("adamw", "training", "by its name", tuple(OPTIMIZERS))
-    learning_rate: float = option(1e-3, "training", "of the optimizer, at its largest")
+    learning_rate: float = option(1e-3, "training", "of the optimizer, at its largest", above=0)
     rates_learning_rate: float | None = option(
         None,
         "training",
         "the same for the levels' own rates, which second_order can learn (`cms_learn_rates`); none: `learning_rate`",
+        above=0,
     )
-    weight_decay: float = option(0.1, "training", "decoupled, of matrices")
+    weight_decay: float = option(0.1, "training", "decoupled, of matrices", least=0)
     optimizer_options: dict[str, Any] = option(dict, "training", "further ones, by name")
     level_periods: str | list[int] | None = option(
         None, "training", "steps from one update of a level to the next, of each level; config: as `cms_periods`"
@@ -87,20 +86,22 @@ class TrainingRecipe:
         "cosine", "training", "of the learning rate", tuple(str(kind.value) for kind in SchedulerType)
     )
     warmup: float = option(0.05, "training", "part of the steps in which the learning rate rises")
-    max_grad_norm: float = option(1.0, "training", "largest norm of a step's gradient; 0 for no bound")
+    max_grad_norm: float = option(1.0, "training", "largest norm of a step's gradient; 0 for no bound", least=0)
     label_smoothing: float = option(0.0, "training", "part of the targets that is spread over the vocabulary")
     dtype: str = option(
         "float32", "training", "of activations: bfloat16 runs in autocast, weights stay float32", DTYPES
     )
     gradient_checkpointing: bool = option(False, "training", "take less memory and more time")
-    seed: int = option(0, "training", "of weights, of the order of rows, of dropout")
+    seed: int = option(0, "training", "of weights, of the order of rows, of dropout", least=0)
     arguments: dict[str, Any] = option(dict, "training", "further fields of Transformers' TrainingArguments")
 
     evaluate_every: int | None = option(
-        None, "evaluation", "steps between evaluations, the first before any step; none: one at the end"
+        None, "evaluation", "steps between evaluations, the first before any step; none: one at the end", least=1
     )
-    evaluation_length: int | None = option(None, "evaluation", "tokens of a row there; none: `sequence_length`")
-    evaluation_rows: int | None = option(None, "evaluation", "rows of a source, at most; none: all")
+    evaluation_length: int | None = option(
+        None, "evaluation", "tokens of a row there; none: `sequence_length`", least=2
+    )
+    evaluation_rows: int | None = option(None, "evaluation", "rows of a source, at most; none: all", least=1)
     evaluate_learning: list[str] | None = option(
         None, "evaluation", "off, on or both: whether levels learn while they are evaluated; none: off where "
         "cms_training is static, else both",
@@ -110,13 +111,14 @@ class TrainingRecipe:
         2048,
         "evaluation",
         "of text that is read with learning on at every evaluation, for figures of the memory; 0 for none",
+        least=0,
     )
 
-    log_every: int = option(10, "log", "steps between logged losses")
+    log_every: int = option(10, "log", "steps between logged losses", least=1)
     save_every: int | None = option(
-        None, "log", "steps between checkpoints, from which a killed run can go on; none: no checkpoints"
+        None, "log", "steps between checkpoints, from which a killed run can go on; none: no checkpoints", least=1
     )
-    keep_checkpoints: int = option(2, "log", "older ones are deleted")
+    keep_checkpoints: int = option(2, "log", "older ones are deleted", least=1)
     plots: bool = option(True, "log", "draw losses.png and memory.png, where matplotlib is installed")
     report_to: list[str] = option(list, "log", "tensorboard, trackio or others that Transformers knows")
 
@@ -145,13 +147,7 @@ class TrainingRecipe:
 
     def validate_choices(self) -> None:
         """Part of the strict validation."""
-        for field in dataclasses.fields(self):
-            choices, value = field.metadata["choices"], getattr(self, field.name)
-            for one in value if isinstance(value, list) else [value]:
-                if choices and one is not None and one not in choices:
-                    raise ValueError(f"`{field.name}` must be one of {', '.join(choices)}, got {one!r}.")
-        if self.evaluate_learning == []:
-            raise ValueError("`evaluate_learning` is empty: give off, on or both.")
+        check_options(self)
         if isinstance(self.level_periods, str) and self.level_periods != "config":
             raise ValueError(f"`level_periods` must be config, or a number for each level, got {self.level_periods!r}.")
         decided = sorted(set(self.arguments) & DECIDED)
@@ -166,16 +162,8 @@ class TrainingRecipe:
 
     def validate_numbers(self) -> None:
         """Part of the strict validation."""
-        for name, least in LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value < math.inf:
-                raise ValueError(f"`{name}` must be {least} or more, got {value}.")
         if not self.seed < 2**32:
             raise ValueError(f"`seed` must be below 2**32, got {self.seed}.")
-        for name in ("learning_rate", "rates_learning_rate", "epochs"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"`{name}` must be above 0, got {value}.")
         for name in ("validation_fraction", "warmup", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 0 and below 1, got {getattr(self, name)}.")
@@ -188,11 +176,11 @@ class TrainingRecipe:
         Raises:
             ValueError: a key is none of a recipe's.
         """
-        hints = typing.get_type_hints(cls)
-        unknown = [str(name) for name in fields if name not in hints]
+        names = [field.name for field in dataclasses.fields(cls)]
+        unknown = [str(name) for name in fields if name not in names]
         if unknown:
-            raise ValueError(f"A recipe has no field `{unknown[0]}`. It has {', '.join(hints)}.")
-        return cls(**{name: _as_number(value, hints[name]) for name, value in fields.items()})
+            raise ValueError(f"A recipe has no field `{unknown[0]}`. It has {', '.join(names)}.")
+        return cls(**as_declared(cls, fields))
 
     def as_yaml(self) -> str:
         """Every field, in their order; `from_fields` of it is this recipe."""
@@ -200,11 +188,6 @@ class TrainingRecipe:
         return yaml.dump(fields, Dumper=_Brief, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
 
 
-LEAST = {
-    "sequence_length": 2, "evaluation_length": 2, "min_document_tokens": 2, "steps": 1, "batch_size": 1,
-    "accumulate": 1, "weight_decay": 0, "max_grad_norm": 0, "evaluate_every": 1, "evaluation_rows": 1,
-    "memory_tokens": 0, "log_every": 1, "save_every": 1, "keep_checkpoints": 1, "train_tokenizer": 258, "seed": 0,
-}  # fmt: skip
 # Fields of TrainingArguments that a recipe sets by another name.
 DECIDED = {
     "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
@@ -247,7 +230,7 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
     return fields
 
 
-class _Brief(yaml.SafeDumper):
+class _Brief(Dumper):
     """Line breaks as recipe files write them, `"\\n"`."""
 
 
@@ -257,7 +240,7 @@ _Brief.add_representer(
 )
 
 
-class _EachOnce(yaml.SafeLoader):
+class _EachOnce(Loader):
     """YAML's own loader keeps the last of two fields of one name, and says nothing."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -268,17 +251,6 @@ class _EachOnce(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=f"`{name}` stands there twice", problem_mark=key.start_mark)
             seen.append(name)
         return super().construct_mapping(node, deep)
-
-
-def _as_number(value: Any, hint: Any) -> Any:
-    """YAML takes `1e-3` for text, and whole numbers for no floats: what a field of floats means by them."""
-    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if float in parts and isinstance(value, str | int) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 __all__ = ["TrainingRecipe", "read_recipe"]

@@ -6,9 +6,8 @@ import json
 import os
 from pathlib import Path
 
-import yaml
-
 from .recipe import SAVED, TrainingRecipe
+from .yaml_numbers import load
 
 
 MODEL, RESULT, TEXT = "model", "result.json", "text.sha256"
@@ -39,7 +38,7 @@ def check_directory(recipe: TrainingRecipe, out: Path, resume: bool) -> None:
         return
     if not saved.is_file():
         raise ValueError(f"`--resume`: {out} holds no run ({SAVED} is missing). Leave it out to begin one.")
-    known = TrainingRecipe.from_fields(yaml.safe_load(saved.read_text(encoding="utf-8")))
+    known = TrainingRecipe.from_fields(load(saved.read_text(encoding="utf-8")))
     differing = [name for name, value in vars(known).items() if name != "out" and value != getattr(recipe, name)]
     if differing:
         name = differing[0]

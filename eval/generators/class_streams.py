@@ -15,6 +15,8 @@ from pathlib import Path
 
 
 SPLITS = ("train", "validation", "test")
+# How labelled examples are written: question, a space, the class, and a line break between one and the next.
+QUESTION, BETWEEN = "Query: {}\nIntent:", "\n"
 
 # By split and class, texts.
 Classes = dict[str, dict[str, list[str]]]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from modeling_hope import HopeCache, HopeForCausalLM
-from modeling_hope.eval.generators.class_streams import Example
-
-
-QUESTION, ANSWER, END = "Query: {}\n", "Intent:", "\n"
+from modeling_hope.eval.generators.class_streams import BETWEEN, QUESTION, Example
 
 
 class Writer:
@@ -23,10 +20,10 @@ class Writer:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-        self.end = self._ids(END)
+        self.end = self._ids(BETWEEN)
 
     def question(self, text: str) -> list[int]:
-        return self._ids(QUESTION.format(text) + ANSWER)
+        return self._ids(QUESTION.format(text))
 
     def answer(self, label: str) -> list[int]:
         return self._ids(f" {label}") + self.end
@@ -45,7 +42,7 @@ def predict(
     model: HopeForCausalLM,
     memory: HopeCache,
     questions: Sequence[Sequence[int]],
-    answers: dict[str, list[int]],
+    answers: Mapping[str, Sequence[int]],
     batch_size: int,
 ) -> list[str]:
     """
@@ -58,33 +55,31 @@ def predict(
         questions: ids.
         answers: ids of each class's name, none of which begins with another.
     """
-    found: dict[int, str] = {}
-    order = sorted(range(len(questions)), key=lambda index: len(questions[index]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        names = _name(model, memory, [list(questions[index]) for index in chosen], answers)
-        found.update(zip(chosen, names, strict=True))
-    return [found[index] for index in range(len(questions))]
+    said: list[list[int]] = [[] for _ in questions]
+    possible = [list(answers) for _ in questions]
+    while undecided := [index for index, names in enumerate(possible) if len(names) > 1]:
+        # A question is read anew with each token of its name, and what pads it stands behind it, where it changes nothing
+        # before: without a mask, and without memories of rows that go on, there is less to copy than to read.
+        undecided.sort(key=lambda index: len(questions[index]) + len(said[index]))
+        for start in range(0, len(undecided), batch_size):
+            chosen = undecided[start : start + batch_size]
+            logits = _next(model, memory, [[*questions[index], *said[index]] for index in chosen])
+            for row, index in enumerate(chosen):
+                place = len(said[index])
+                tokens = sorted({answers[name][place] for name in possible[index]})
+                said[index].append(tokens[int(logits[row, tokens].argmax())])
+                possible[index] = [name for name in possible[index] if answers[name][place] == said[index][-1]]
+    return [names[0] for names in possible]
 
 
-def _name(
-    model: HopeForCausalLM, memory: HopeCache, questions: list[list[int]], answers: dict[str, list[int]]
-) -> list[str]:
+def _next(model: HopeForCausalLM, memory: HopeCache, texts: list[list[int]]) -> torch.Tensor:
+    """Logits of what follows each of some texts, `[texts, vocab_size]`."""
+    lengths = torch.tensor([len(text) for text in texts])
+    ids = torch.zeros(len(texts), int(lengths.max()), dtype=torch.int64)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = torch.tensor(text)
     fork = memory.clone()
-    fork.batch_repeat_interleave(len(questions))
-    possible = [dict(answers) for _ in questions]
-    coming, step = questions, 0
-    while any(coming):
-        width = max(map(len, coming))
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in coming], device=model.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in coming], device=model.device)
-        logits = model(ids, attention_mask=mask, past_key_values=fork, learn="off", logits_to_keep=1).logits[:, -1]
-        for row, names in enumerate(possible):
-            if not coming[row]:
-                continue
-            tokens = sorted({answer[step] for answer in names.values()})
-            token = tokens[int(logits[row, tokens].argmax())]
-            possible[row] = {name: answer for name, answer in names.items() if answer[step] == token}
-            coming[row] = [token] if len(possible[row]) > 1 else []
-        step += 1
-    return [next(iter(names)) for names in possible]
+    fork.batch_repeat_interleave(len(texts))
+    ends, end_of = (lengths - 1).unique(return_inverse=True)
+    kept = model(ids.to(model.device), past_key_values=fork, learn="off", logits_to_keep=ends.to(model.device)).logits
+    return kept[torch.arange(len(texts)), end_of].cpu()

@@ -34,8 +34,9 @@ class ContextSettings(ReaderSettings):
         lambda: [256, 1024, 2048, 4096, 7168],
         "documents",
         "tokens read before those that are scored (default: 256 1024 2048 4096 7168)",
+        least=1,
     )
-    scored: int = option(1024, "documents", "tokens that are scored")
+    scored: int = option(1024, "documents", "tokens that are scored", least=1)
 
     def __post_init__(self) -> None:
         self.documents = self.documents or list(OF_EACH_SOURCE)
@@ -47,8 +48,6 @@ class ContextSettings(ReaderSettings):
 
 
 def check(settings: ContextSettings) -> None:
-    if not settings.contexts or min(settings.contexts) < 1 or settings.scored < 1:
-        raise ValueError("`contexts` and `scored` must be 1 or more: give e.g. --contexts 1024 4096 --scored 1024.")
     check_readers(settings)
     for name, place in settings.models.items():
         native = config_of(place).max_position_embeddings

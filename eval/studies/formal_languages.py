@@ -1,10 +1,9 @@
 """The formal languages of table 5, learned by small models of the ladder's rungs."""
 
-from __future__ import annotations
-
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -21,13 +20,13 @@ from .small_models import (
     STEPS,
     Data,
     Protocol,
-    check_rungs,
+    check_width,
     forget_checkpoints,
     rung_config,
     score,
     tune,
 )
-from .study import Part, Report, Result, Study, StudySettings
+from .study import DeviceSettings, Part, Report, Result, SeededSettings, Study
 
 
 # Table 5 of the paper: right on lengths seen and on longer ones, by language and by what the paper calls a model.
@@ -54,7 +53,7 @@ ONLY_BY_STATE = ("aa_star", "abab_star")  # where the paper has 100 for LSTM, SR
 
 @strict
 @dataclasses.dataclass
-class FormalSettings(StudySettings):
+class FormalSettings(SeededSettings, DeviceSettings):
     languages: list[str] = option(
         lambda: list(LANGUAGES), "languages", f"of {', '.join(LANGUAGES)} (default: all)", tuple(LANGUAGES)
     )
@@ -64,11 +63,13 @@ class FormalSettings(StudySettings):
         f"of {', '.join(STEPS)} (default: hope delta transformer)",
         STEPS,
     )
-    train: int = option(10_000, "languages", "strings to train on")
-    test: int = option(1_000, "languages", "strings of each bin, and to tune with, where a language has so many")
-    hidden: int = option(32, "models", "width")
-    layers: int = option(2, "models", "layers")
-    heads: int = option(2, "models", "heads")
+    train: int = option(10_000, "languages", "strings to train on", least=1)
+    test: int = option(
+        1_000, "languages", "strings of each bin, and to tune with, where a language has so many", least=1
+    )
+    hidden: int = option(32, "models", "width", least=1)
+    layers: int = option(2, "models", "layers", least=1)
+    heads: int = option(2, "models", "heads", least=1)
     parameters: int = option(30_000, "models", "of each model, by the width of its levels")
     fields: dict[str, Any] = option(
         lambda: dict(FIELDS),
@@ -77,24 +78,15 @@ class FormalSettings(StudySettings):
         f"(default: {' '.join(f'{name}={value}' for name, value in FIELDS.items())})",
     )
     rates: list[float] = option(
-        lambda: [1e-3, 3e-3, 1e-2], "training", "learning rates to choose from (default: 0.001 0.003 0.01)"
+        lambda: [1e-3, 3e-3, 1e-2], "training", "learning rates to choose from (default: 0.001 0.003 0.01)", above=0
     )
-    batch: int = option(32, "training", "strings in a step")
-    epochs: int = option(30, "training", "at most")
-    patience: int = option(5, "training", "epochs in a row with all that is held out right, and training ends")
-    device: str = option("cpu", "training", "of torch")
+    batch: int = option(32, "training", "strings in a step", least=1)
+    epochs: int = option(30, "training", "at most", least=1)
+    patience: int = option(5, "training", "epochs in a row with all that is held out right, and training ends", least=1)
 
 
 def check(settings: FormalSettings) -> None:
-    if unknown := [name for name in settings.languages if name not in LANGUAGES]:
-        raise ValueError(f"`languages`: there is no {unknown[0]!r}, only {', '.join(LANGUAGES)}.")
-    check_rungs(settings.rungs)
-    for name in ("languages", "rungs", "rates"):
-        if not getattr(settings, name):
-            raise ValueError(f"`{name}` is empty: give at least one.")
-    for name in ("train", "test", "batch", "epochs", "patience"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"`{name}` must be 1 or more, got {getattr(settings, name)}.")
+    check_width(settings.hidden, settings.heads)
     for language in settings.languages:
         for rung in settings.rungs:
             config_for(settings, LANGUAGES[language], rung)
@@ -139,15 +131,19 @@ def learn(settings: FormalSettings, language: Language, rung: str, seed: int, pl
         make, read, data_of(language, strings.train), data_of(language, strings.held_out), protocols, seed, place
     )
     found = {
-        "right": [100 * score(tuned.model, read, data_of(language, words)).whole for words in strings.bins],
+        "right": [_right(tuned.model, data_of(language, words)) for words in strings.bins],
         "strings": [len(words) for words in strings.bins],
         "chosen": tuned.chosen,
         "epochs": {name: len(curve) for name, curve in tuned.curves.items()},
         "held_out": {name: 100 * curve[-1]["whole"] for name, curve in tuned.curves.items()},
-        "parameters": sum(parameter.numel() for parameter in tuned.model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in make().parameters()),
     }
     forget_checkpoints(place)
     return found
+
+
+def _right(model: nn.Module | None, data: Data) -> float | None:
+    return None if model is None else 100 * score(model, read, data).whole
 
 
 def parts(settings: FormalSettings) -> Mapping[str, Part]:
@@ -173,9 +169,6 @@ def report(settings: FormalSettings, found: Mapping[str, Result]) -> Report:
     def cells(name: str, rung: str) -> list[Result]:
         return [found[f"{name}/{rung}/seed-{seed}"] for seed in settings.seeds]
 
-    def shown(pair: tuple[float, float] | list[float]) -> str:
-        return " / ".join(f"{share:.4g}" for share in pair)
-
     rows = [
         [
             LANGUAGES[name].title,
@@ -184,7 +177,7 @@ def report(settings: FormalSettings, found: Mapping[str, Result]) -> Report:
         for name in settings.languages
     ]
     paper = [
-        [f"{LANGUAGES[name].title}, paper", *(_paper_cell(name, rung, shown) for rung in settings.rungs)]
+        [f"{LANGUAGES[name].title}, paper", *(_paper_cell(name, rung) for rung in settings.rungs)]
         for name in settings.languages
     ]
     both = [row for pair in zip(rows, paper, strict=True) for row in pair]
@@ -193,17 +186,9 @@ def report(settings: FormalSettings, found: Mapping[str, Result]) -> Report:
         [language.title, *(shown(of_paper(name, model)) for model in named)] for name, language in LANGUAGES.items()
     ]
     details = [
-        [
-            f"{LANGUAGES[name].title}, {rung}",
-            f"{result['parameters']:,}",
-            ", ".join(result["chosen"].removeprefix("rate-") for result in cells(name, rung)),
-            ", ".join(str(result["epochs"][result["chosen"]]) for result in cells(name, rung)),
-            ", ".join(f"{result['held_out'][result['chosen']]:.4g}" for result in cells(name, rung)),
-            ", ".join(f"{result['seconds'] / 60 / len(settings.rates):.1f}" for result in cells(name, rung)),
-        ]
+        _details(f"{LANGUAGES[name].title}, {rung}", cells(name, rung), len(settings.rates))
         for name in settings.languages
         for rung in settings.rungs
-        for result in cells(name, rung)[:1]
     ]
     fields = ", ".join(f"{name}={value}" for name, value in settings.fields.items())
     tables = "\n\n".join(
@@ -228,7 +213,25 @@ def report(settings: FormalSettings, found: Mapping[str, Result]) -> Report:
     )
 
 
-def _paper_cell(name: str, rung: str, shown: Any) -> str:
+def shown(shares: Sequence[float | None]) -> str:
+    """Of strings of the lengths trained on, and of longer ones."""
+    return " / ".join("diverged" if share is None else f"{share:.4g}" for share in shares)
+
+
+def _details(title: str, results: list[Result], rates: int) -> list[str]:
+    """A row for the seeds of one model on one language."""
+    chosen = [(result, result["chosen"]) for result in results]
+    return [
+        title,
+        f"{results[0]['parameters']:,}",
+        ", ".join("-" if name is None else name.removeprefix("rate-") for _, name in chosen),
+        ", ".join("-" if name is None else str(result["epochs"][name]) for result, name in chosen),
+        ", ".join("-" if name is None else f"{result['held_out'][name]:.4g}" for result, name in chosen),
+        ", ".join(f"{result['seconds'] / 60 / rates:.1f}" for result in results),
+    ]
+
+
+def _paper_cell(name: str, rung: str) -> str:
     return shown(of_paper(name, RUNG_OF_PAPER[rung])) if rung in RUNG_OF_PAPER else ""
 
 
@@ -242,8 +245,7 @@ def plot(settings: FormalSettings, found: Mapping[str, Result], path: Path) -> N
     for which, (axis, window) in enumerate(zip(axes, (TRAINED, LONGER), strict=True)):
         means = {
             rung: [
-                sum(found[f"{name}/{rung}/seed-{seed}"]["right"][which] for seed in settings.seeds)
-                / len(settings.seeds)
+                mean(found[f"{name}/{rung}/seed-{seed}"]["right"][which] or 0.0 for seed in settings.seeds)
                 for name in settings.languages
             ]
             for rung in settings.rungs

@@ -27,8 +27,8 @@ from modeling_hope.training.recipe import SAVED
 from modeling_hope.training.run_directory import MODEL
 from modeling_hope.training.rungs import RUNGS
 
-from .document_settings import SMALL, DocumentSettings, check_documents, documents_of
-from .study import Part, Report, Result, Study
+from .document_settings import SMALL, DocumentSettings, check_documents, documents_of, seed_of
+from .study import Part, Report, Result, SeededSettings, Study
 
 
 ABOUT = """Long documents, read by the ladder's models past the length that they were trained on: perplexity by how much of a document
@@ -40,16 +40,16 @@ SMALL_WINDOW = 64
 
 @strict
 @dataclasses.dataclass
-class LadderDocumentsSettings(DocumentSettings):
+class LadderDocumentsSettings(SeededSettings, DocumentSettings):
     """What the study is told."""
 
     runs: str = option(
         "ladder", "models", "directory of the ladder's runs, --out of python -m modeling_hope.training.ladder"
     )
     rungs: list[str] = option(list, "models", "of the ladder; none: all whose runs came to their end", tuple(RUNGS))
-    seeds: list[int] = option(lambda: [0, 1], "study", "of the runs (default: 0 1)")
-    tokens: int = option(2048, "documents", "of each document; shorter ones are left out")
-    most: int = option(32, "documents", "documents, the first ones in the order of a hash of their text")
+    seeds: list[int] = option(lambda: [0, 1], "study", "of the runs (default: 0 1)", least=0)
+    tokens: int = option(2048, "documents", "of each document; shorter ones are left out", least=64)
+    most: int = option(32, "documents", "documents, the first ones in the order of a hash of their text", least=1)
 
     def __post_init__(self) -> None:
         # What the ladder is measured on.
@@ -57,10 +57,8 @@ class LadderDocumentsSettings(DocumentSettings):
 
 
 def check(settings: LadderDocumentsSettings) -> None:
-    if unknown := [name for name in settings.rungs if name not in RUNGS]:
-        raise ValueError(f"`rungs`: there is no {unknown[0]!r}, only {', '.join(RUNGS)}.")
-    if settings.most < 1:
-        raise ValueError(f"`most` is {settings.most}: give at least 1 document.")
+    if settings.runs.startswith(SMALL):
+        seed_of(settings.runs, SMALL, "runs")
     if not _runs(settings):
         raise ValueError(
             f"`runs`: in {settings.runs} no run of these `rungs` and `seeds` has come to its end. Give --out of `python -m "

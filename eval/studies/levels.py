@@ -22,8 +22,8 @@ from modeling_hope.training.markdown_table import markdown_table
 from modeling_hope.training.options import option
 from modeling_hope.training.plots import new_figure, save_figure
 
-from .document_settings import SMALL, DocumentSettings, check_documents, documents_of, ids_of
-from .study import Part, Report, Result, Study
+from .document_settings import SMALL, DocumentSettings, check_documents, documents_of, ids_of, seed_of
+from .study import Part, Report, Result, SeededSettings, Study
 
 
 ABOUT = """Number of levels and slowest period (figure 7; there on MK-NIAH, LongHealth and QASPER): a converted Transformer with each, on long
@@ -36,24 +36,27 @@ FROZEN = "frozen"
 
 @strict
 @dataclasses.dataclass
-class LevelsSettings(DocumentSettings):
+class LevelsSettings(SeededSettings, DocumentSettings):
     """What the study is told."""
 
-    seeds: list[int] = option(lambda: [0], "study", "of the haystacks (default: 0)")
+    seeds: list[int] = option(lambda: [0], "study", "of the haystacks (default: 0)", least=0)
     source: str = option("", "models", "the Transformer to convert: directory of safetensors, or .gguf file")
     strategy: str = option("depth", "models", "how its MLPs become levels", choices=("depth", "split", "stack"))
     window: int | None = option(1024, "models", "of attention, besides 4 sinks; none: as the source has it")
     rates: list[float] = option(
-        lambda: [0.05, 0.1, 0.2], "levels", "learning rates of every level, to choose from (default: 0.05 0.1 0.2)"
+        lambda: [0.05, 0.1, 0.2],
+        "levels",
+        "learning rates of every level, to choose from (default: 0.05 0.1 0.2)",
+        above=0,
     )
-    levels: list[int] = option(lambda: [1, 2, 3], "levels", "numbers of levels (default: 1 2 3)")
+    levels: list[int] = option(lambda: [1, 2, 3], "levels", "numbers of levels (default: 1 2 3)", least=1)
     slowest: list[int] = option(
         lambda: [512, 2048, 4096], "levels", "tokens per update of the slowest level (default: 512 2048 4096)"
     )
-    factor: int = option(2, "levels", "by which each level is faster than the next")
+    factor: int = option(2, "levels", "by which each level is faster than the next", least=2)
     needles: str = option("multikey", "needles", "a kind with one value to say", choices=tuple(KINDS))
     needle_tokens: int = option(2048, "needles", "of a haystack, prompt and answer")
-    needle_samples: int = option(8, "needles", "haystacks of each seed")
+    needle_samples: int = option(8, "needles", "haystacks of each seed", least=1)
 
     def __post_init__(self) -> None:
         # Whoever chooses by this study reports on others: those of `test_time_learning`.
@@ -71,16 +74,13 @@ def check(settings: LevelsSettings) -> None:
             "`source` is empty: give the Transformer to convert, e.g. --source hope-demo/wheels/NAME.gguf."
         )
     if settings.source.startswith(SMALL):
-        if not settings.source.removeprefix(SMALL).isdecimal():
-            raise ValueError(f"`source`: after {SMALL} comes a seed, e.g. {SMALL}0.")
+        seed_of(settings.source, SMALL, "source")
     elif not Path(settings.source).exists():
         raise ValueError(f"`source`: there is no {settings.source}.")
     if KINDS[settings.needles].asked * KINDS[settings.needles].values > 1:
         raise ValueError(
             f"`needles`: {settings.needles} asks for several values, in no order. Give one that asks for one."
         )
-    if not settings.levels or min(settings.levels) < 1 or settings.factor < 2:
-        raise ValueError("`levels` must be 1 or more, and `factor` 2 or more: give e.g. --levels 1 2 3 --factor 2.")
     for levels, slowest in product(settings.levels, settings.slowest):
         fastest, rest = divmod(slowest, settings.factor ** (levels - 1))
         if rest or fastest < 2:
@@ -88,10 +88,6 @@ def check(settings: LevelsSettings) -> None:
                 f"`slowest`: {levels} levels cannot end at {slowest} tokens, each {settings.factor} times as fast as the next "
                 "and the fastest at 2 tokens or more. Give a power of `factor`, or fewer `levels`."
             )
-    if not settings.rates or min(settings.rates) <= 0:
-        raise ValueError("`rates` must be above 0: give e.g. --rates 0.05 0.1.")
-    if settings.needle_samples < 1:
-        raise ValueError(f"`needle_samples` is {settings.needle_samples}: give at least 1.")
     check_documents(settings)
     if len(settings.rates) > 1 and len(documents_of(settings)) < 2:
         raise ValueError(

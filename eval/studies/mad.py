@@ -1,7 +1,5 @@
 """The tasks of MAD (table 4), learned by small models of the ladder's rungs."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -19,8 +17,8 @@ from modeling_hope.training.plots import grouped_bars, new_figure, save_figure
 from modeling_hope.training.rungs import ATTENTION, SELF, count
 
 from ..generators.mad import TASKS, TEST_SEQUENCES, Setting, Task, sequences
-from .small_models import STEPS, Data, Protocol, check_rungs, forget_checkpoints, rung_config, score, tune
-from .study import Part, Report, Result, Study, StudySettings
+from .small_models import STEPS, Data, Protocol, check_width, forget_checkpoints, rung_config, score, tune
+from .study import DeviceSettings, Part, Report, Result, SeededSettings, Study
 
 
 # Table 4 of the paper, in the order of the tasks.
@@ -38,7 +36,7 @@ BATCH, LAST_RATE = 128, 1e-6
 
 @strict
 @dataclasses.dataclass
-class MADSettings(StudySettings):
+class MADSettings(SeededSettings, DeviceSettings):
     tasks: list[str] = option(lambda: list(TASKS), "tasks", f"of {', '.join(TASKS)} (default: all)", tuple(TASKS))
     rungs: list[str] = option(
         lambda: ["hope", "delta", "transformer"],
@@ -50,12 +48,17 @@ class MADSettings(StudySettings):
         False, "training", "the reduced protocol: MAD's first setting of each task, 2 learning rates, 50 epochs"
     )
     rates: list[float] | None = option(
-        None, "training", "learning rates to choose from (default: 1e-4 5e-4 1e-3; reduced: 5e-4 1e-3)"
+        None, "training", "learning rates to choose from (default: 1e-4 5e-4 1e-3; reduced: 5e-4 1e-3)", above=0
     )
-    decays: list[float] | None = option(None, "training", "weight decays to choose from (default: 0 0.1; reduced: 0)")
-    epochs: int | None = option(None, "training", "epochs (default: 200; reduced: 50)")
+    decays: list[float] | None = option(
+        None, "training", "weight decays to choose from (default: 0 0.1; reduced: 0)", least=0
+    )
+    epochs: int | None = option(None, "training", "epochs (default: 200; reduced: 50)", least=1)
     patience: int | None = option(
-        None, "training", "epochs in a row with all validation right, and training ends (default: never; reduced: 5)"
+        None,
+        "training",
+        "epochs in a row with all validation right, and training ends (default: never; reduced: 5)",
+        least=1,
     )
     variants: str | None = option(
         None,
@@ -63,16 +66,15 @@ class MADSettings(StudySettings):
         "`all`: every difficulty that MAD averages over; `first`: the one that it varies (default: all; reduced: first)",
         ("all", "first"),
     )
-    train: int | None = option(None, "tasks", "sequences to train on, at most")
+    train: int | None = option(None, "tasks", "sequences to train on, at most", least=1)
     test: int = option(
-        TEST_SEQUENCES, "tasks", "sequences of the test, and of the validation that protocols are chosen by"
+        TEST_SEQUENCES, "tasks", "sequences of the test, and of the validation that protocols are chosen by", least=1
     )
-    hidden: int = option(HIDDEN, "models", "width")
-    heads: int = option(HEADS, "models", "heads")
+    hidden: int = option(HIDDEN, "models", "width", least=1)
+    heads: int = option(HEADS, "models", "heads", least=1)
     fields: dict[str, Any] = option(
         dict, "models", "fields of HopeConfig for the rungs with a memory, in the place of its defaults"
     )
-    device: str = option("cpu", "training", "of torch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Plan:
     variants: str
 
     @classmethod
-    def of(cls, settings: MADSettings) -> Plan:
+    def of(cls, settings: MADSettings) -> "Plan":
         full = cls([1e-4, 5e-4, 1e-3], [0.0, 0.1], 200, None, "all")
         protocol = cls([5e-4, 1e-3], [0.0], 50, 5, "first") if settings.reduced else full
         given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)}
@@ -151,20 +153,7 @@ def config_for(settings: MADSettings, setting: Setting, rung: str) -> HopeConfig
 
 
 def check(settings: MADSettings) -> None:
-    if unknown := [name for name in settings.tasks if name not in TASKS]:
-        raise ValueError(f"`tasks`: there is no {unknown[0]!r}, only {', '.join(TASKS)}.")
-    if settings.variants not in (None, "all", "first"):
-        raise ValueError(f"`variants` must be all or first, got {settings.variants!r}.")
-    check_rungs(settings.rungs)
-    plan = Plan.of(settings)
-    for name, values in {
-        "tasks": settings.tasks, "rungs": settings.rungs, "rates": plan.rates, "decays": plan.decays
-    }.items():  # fmt: skip
-        if not values:
-            raise ValueError(f"`{name}` is empty: give at least one.")
-    for name, number in {"epochs": plan.epochs, "train": settings.train, "test": settings.test}.items():
-        if number is not None and number < 1:
-            raise ValueError(f"`{name}` must be 1 or more, got {number}.")
+    check_width(settings.hidden, settings.heads)
     for task in settings.tasks:
         for rung in settings.rungs:
             config_for(settings, TASKS[task].first, rung)
@@ -192,14 +181,14 @@ def learn(settings: MADSettings, task: Task, setting: Setting, rung: str, seed: 
     }
     validation = data("validation", settings.test, False)
     tuned = tune(make, read, data("train", number, True), validation, protocols, seed, place)
-    tested = score(tuned.model, read, data("test", settings.test, False))
+    tested = None if tuned.model is None else score(tuned.model, read, data("test", settings.test, False))
     found = {
-        "accuracy": 100 * tested.positions,
-        "class_accuracy": 100 * tested.classes,
+        "accuracy": None if tested is None else 100 * tested.positions,
+        "class_accuracy": None if tested is None else 100 * tested.classes,
         "chosen": tuned.chosen,
         "validation": {name: 100 * curve[-1]["positions"] for name, curve in tuned.curves.items()},
         "epochs": {name: len(curve) for name, curve in tuned.curves.items()},
-        "parameters": sum(parameter.numel() for parameter in tuned.model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in make().parameters()),
     }
     forget_checkpoints(place)
     return found
@@ -223,24 +212,29 @@ def parts(settings: MADSettings) -> Mapping[str, Part]:
 def report(settings: MADSettings, found: Mapping[str, Result]) -> Report:
     plan = Plan.of(settings)
 
-    def mean(task: str, rung: str, variants: list[str]) -> float:
+    def mean(measure: str, task: str, rung: str, variants: list[str]) -> float | None:
         cells = [
-            found[f"{task}/{rung}/{variant}/seed-{seed}"]["accuracy"] for variant in variants for seed in settings.seeds
+            found[f"{task}/{rung}/{variant}/seed-{seed}"][measure] for variant in variants for seed in settings.seeds
         ]
-        return sum(cells) / len(cells)
+        return None if None in cells else sum(cells) / len(cells)
 
     means = {
-        rung: {task: mean(task, rung, list(plan.settings(TASKS[task]))) for task in settings.tasks}
-        for rung in settings.rungs
+        measure: {
+            rung: {task: mean(measure, task, rung, list(plan.settings(TASKS[task]))) for task in settings.tasks}
+            for rung in settings.rungs
+        }
+        for measure in ("class_accuracy", "accuracy")
     }
     places = [list(TASKS).index(task) for task in settings.tasks]
-    ours = [[rung, *(f"{by_task[task]:.1f}" for task in settings.tasks)] for rung, by_task in means.items()]
+    ours = [
+        [rung, *(_shown(by_task[task]) for task in settings.tasks)] for rung, by_task in means["class_accuracy"].items()
+    ]
     paper = [[f"paper: {model}", *(f"{row[place]:.1f}" for place in places)] for model, row in PAPER.items()]
     details = [
         [
             f"{TASKS[task].title}, {variant}",
-            *(f"{mean(task, rung, [variant]):.1f}" for rung in settings.rungs),
-            *(found[f"{task}/{rung}/{variant}/seed-{settings.seeds[0]}"]["chosen"] for rung in settings.rungs),
+            *(_shown(mean("class_accuracy", task, rung, [variant])) for rung in settings.rungs),
+            *(found[f"{task}/{rung}/{variant}/seed-{settings.seeds[0]}"]["chosen"] or "-" for rung in settings.rungs),
         ]
         for task in settings.tasks
         for variant in plan.settings(TASKS[task])
@@ -251,7 +245,8 @@ def report(settings: MADSettings, found: Mapping[str, Result]) -> Report:
     heads = ["", *(TASKS[task].title for task in settings.tasks)]
     tables = "\n\n".join(
         [
-            "Scored positions that are right, %: the mean over difficulties and seeds.",
+            "Right, %, as MAD counts: the mean over the tokens that are asked for, each with its own share of right answers. "
+            "The mean over difficulties and seeds. (The share of all positions is in the JSON, as `accuracy`.)",
             markdown_table(heads, [*ours, *paper]),
             "Protocols. MAD's, by which the paper measured: two blocks of width 128 with 16 heads, 12,800 sequences (256 "
             "in memorization), 200 epochs in batches of 128, AdamW, a cosine to 1e-6; every rate of 1e-4, 5e-4, 1e-3 with "
@@ -269,13 +264,19 @@ def report(settings: MADSettings, found: Mapping[str, Result]) -> Report:
         ]
     )
     return Report(
-        tables, {"parts": dict(found), "means": means, "paper": PAPER}, lambda path: plot(settings, means, path)
+        tables,
+        {"parts": dict(found), "means": means, "paper": PAPER},
+        lambda path: plot(settings, means["class_accuracy"], path),
     )
 
 
-def plot(settings: MADSettings, means: Mapping[str, Mapping[str, float]], path: Path) -> None:
+def _shown(share: float | None) -> str:
+    return "diverged" if share is None else f"{share:.1f}"
+
+
+def plot(settings: MADSettings, means: Mapping[str, Mapping[str, float | None]], path: Path) -> None:
     figure, axis = new_figure(size=(9, 3.5))
-    bars: dict[str, list[float]] = {rung: [by_task[task] for task in settings.tasks] for rung, by_task in means.items()}
+    bars = {rung: [by_task[task] or 0.0 for task in settings.tasks] for rung, by_task in means.items()}
     bars["paper: Hope"] = [PAPER["Hope"][list(TASKS).index(task)] for task in settings.tasks]
     grouped_bars(axis, [TASKS[task].title for task in settings.tasks], bars)
     axis.set_ylabel("right, %")

@@ -1,7 +1,5 @@
 """The paper's optimizers on its two toys (Eq. 45 and 53), beside tuned rivals."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -18,9 +16,10 @@ from modeling_hope.optimizers import M3, DeepMomentum, DeltaGradientDescent, Del
 from modeling_hope.training.markdown_table import markdown_table
 from modeling_hope.training.options import option
 from modeling_hope.training.plots import new_figure, save_figure
+from modeling_hope.training.run_directory import write
 
 from ..generators.toys import Valley, linear_tasks, psi, valleys
-from .study import Part, Report, Result, Study, StudySettings
+from .study import Part, Report, Result, SeededSettings, Study
 
 
 TOYS = ("orthogonal", "overlapping", "valley")
@@ -109,23 +108,24 @@ OURS = ("DeltaGradientDescent", "DeltaMomentum", "DeepMomentum", "M3")
 
 @strict
 @dataclasses.dataclass
-class OptimizerSettings(StudySettings):
-    seeds: list[int] = option(lambda: [0, 1, 2, 3, 4], "study", "seeds of what is tested (default: 0 1 2 3 4)")
+class OptimizerSettings(SeededSettings):
+    seeds: list[int] = option(lambda: [0, 1, 2, 3, 4], "study", "seeds of what is tested (default: 0 1 2 3 4)", least=0)
     toys: list[str] = option(lambda: list(TOYS), "toys", f"of {', '.join(TOYS)} (default: all)", TOYS)
-    trials: int = option(64, "tuning", "settings of each optimizer that are drawn and tried")
-    tuning_seeds: int = option(3, "tuning", "sets of tasks, or valleys, that settings are tried on; none is tested")
-    tasks: int = option(8, "toys", "tasks learned one after the other")
-    steps: int = option(500, "toys", "steps in a valley, at most")
+    trials: int = option(64, "tuning", "settings of each optimizer that are drawn and tried", least=1)
+    tuning_seeds: int = option(
+        3, "tuning", "sets of tasks, or valleys, that settings are tried on; none is tested", least=1
+    )
+    tasks: int = option(8, "toys", "tasks learned one after the other", least=2)
+    steps: int = option(500, "toys", "steps in a valley, at most", least=1)
 
 
 def check(settings: OptimizerSettings) -> None:
-    if unknown := [name for name in settings.toys if name not in TOYS]:
-        raise ValueError(f"`toys`: there is no {unknown[0]!r}, only {', '.join(TOYS)}.")
-    for name, least in {"trials": 1, "tuning_seeds": 1, "tasks": 2, "steps": 1}.items():
-        if getattr(settings, name) < least:
-            raise ValueError(f"`{name}` must be {least} or more, got {getattr(settings, name)}.")
-    if not settings.toys:
-        raise ValueError("`toys` is empty: give at least one.")
+    if tried := [seed for seed in settings.seeds if seed in tuning_seeds(settings)]:
+        raise ValueError(f"`seeds`: {tried[0]} is one that settings are tried on. Give another.")
+
+
+def tuning_seeds(settings: OptimizerSettings) -> range:
+    return range(1_000, 1_000 + settings.tuning_seeds)
 
 
 def clip(params: Params, drawn: Drawn) -> None:
@@ -197,7 +197,7 @@ def mean_steps(found: list[float], steps: int) -> float:
 
 def trial(settings: OptimizerSettings, toy: str, rival: Rival, drawn: Drawn) -> float:
     """The lower the better, on tasks or valleys that are not tested."""
-    others = range(1_000, 1_000 + settings.tuning_seeds)
+    others = tuning_seeds(settings)
     if toy == "valley":
         among = [valley for seed in others for valley in valleys(seed, 2)]
         return mean_steps(steps_down(descend(rival, drawn, among, settings.steps), among), settings.steps)
@@ -209,9 +209,12 @@ def trial(settings: OptimizerSettings, toy: str, rival: Rival, drawn: Drawn) -> 
 def compare(settings: OptimizerSettings, toy: str, name: str, place: Path) -> Result:
     """Try settings, choose the best, test it. Trials that are done are kept in `trials.jsonl`."""
     rival, random = RIVALS[name], Random(name)
-    kept = place / "trials.jsonl"
-    done = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
-    with kept.open("a") as file:
+    trials = place / "trials.jsonl"
+    text = trials.read_text() if trials.is_file() else ""
+    text = text[: text.rfind("\n") + 1]  # its last line is not whole where the study was killed
+    write(trials, text)
+    done = [json.loads(line) for line in text.splitlines()]
+    with trials.open("a") as file:
         for number in range(settings.trials):
             drawn = rival.draw(random)
             if number >= len(done):

@@ -13,11 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from modeling_hope import HopeConfig
+from modeling_hope.training.rows import IGNORED
 from modeling_hope.training.rungs import ATTENTION, RUNGS, SELF, config_of
 
 
 CHECKPOINT = "checkpoint.pt"
-IGNORED = -100
 BUCKET = 16  # batches whose sequences are sorted by length together
 WARMUP = 50  # steps
 LARGEST_NORM = 1.0  # of a gradient
@@ -107,10 +107,13 @@ class Score:
     loss: float
 
 
-def check_rungs(rungs: list[str]) -> None:
-    """Raise `ValueError` where there is no such rung, or it is one with a part left out."""
-    if unknown := [name for name in rungs if name not in STEPS]:
-        raise ValueError(f"`rungs`: there is no {unknown[0]!r}, only {', '.join(STEPS)}.")
+def check_width(hidden: int, heads: int) -> None:
+    """Raise `ValueError` where heads cannot have the same even width, as rotary positions turn pairs."""
+    if hidden % (2 * heads):
+        raise ValueError(
+            f"`hidden`: {heads} `heads` of one even width do not come to {hidden}. Give a multiple of {2 * heads}, or other "
+            "--heads."
+        )
 
 
 def rung_config(
@@ -215,13 +218,13 @@ def _loss(logits: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") 
 class Tuned:
     """
     Attributes:
-        chosen: the protocol with the best last score on what is held out.
+        chosen: the protocol with the best last score on what is held out; `None`: all diverged.
         model: what it trained.
         curves: of all protocols.
     """
 
-    chosen: str
-    model: nn.Module
+    chosen: str | None
+    model: nn.Module | None
     curves: dict[str, list[dict[str, float]]]
 
 
@@ -235,15 +238,17 @@ def tune(
     place: Path,
 ) -> Tuned:
     """Train a model by each of several protocols, all from the same weights, and choose; checkpoints lie below `place`."""
-    curves, best, chosen, found = {}, (-1.0, 0.0), next(iter(protocols)), make()
+    curves: dict[str, list[dict[str, float]]] = {}
+    best: tuple[float, float] = (-1.0, 0.0)
+    tuned = Tuned(None, None, curves)
     for name, protocol in protocols.items():
         model = make()
         curves[name] = fit(model, read, train, held_out, protocol, seed, place / name)
         last = curves[name][-1]
-        rank = (last[protocol.by], -last["loss"]) if math.isfinite(last["loss"]) else (-1.0, 0.0)
-        if rank > best:
-            best, chosen, found = rank, name, model
-    return Tuned(chosen, found, curves)
+        rank = (last[protocol.by], -last["loss"])
+        if math.isfinite(last["loss"]) and rank > best:
+            best, tuned = rank, Tuned(name, model, curves)
+    return tuned
 
 
 def forget_checkpoints(place: Path) -> None:

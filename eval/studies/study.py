@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 
-from modeling_hope.training.options import option
+from modeling_hope.training.options import as_declared, check_options, option
 from modeling_hope.training.run_directory import RESULT, write
 
 
@@ -43,11 +43,26 @@ class StudySettings:
 
     out: str = option("", "study", "directory of the study (default: studies/NAME, or studies/NAME-quick)")
     quick: bool = option(False, "study", "a small form of the study, in seconds: to see that it runs, not to measure")
-    seeds: list[int] = option(lambda: [0, 1], "study", "seeds (default: 0 1)")
     only: list[str] = option(
         list, "study", "run only parts of these names (* and ? as in a shell), so that several may share a study"
     )
-    threads: int | None = option(None, "study", "of torch, in this process")
+    threads: int | None = option(None, "study", "of torch, in this process", least=1)
+
+
+@strict
+@dataclasses.dataclass
+class SeededSettings(StudySettings):
+    """Of a study that draws at random."""
+
+    seeds: list[int] = option(lambda: [0, 1], "study", "seeds (default: 0 1)", least=0)
+
+
+@strict
+@dataclasses.dataclass
+class DeviceSettings(StudySettings):
+    """Of a study whose models may be on any device."""
+
+    device: str = option("cpu", "study", "where models are: cpu, cuda, cuda:1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +110,17 @@ class Study:
         known = {field.name for field in dataclasses.fields(self.settings)}
         if unknown := [name for name in given if name not in known]:
             raise ValueError(f"`{unknown[0]}` is no setting of the study {self.name!r}: it has {', '.join(known)}.")
+        if any(isinstance(field.type, str) for field in dataclasses.fields(self.settings)):
+            raise TypeError(
+                f"{self.settings.__name__} has types that are text, which `strict` does not check: leave out "
+                "`from __future__ import annotations` where it is declared."
+            )
+        given = as_declared(self.settings, given)
         settings = self.settings(**{**(self.quick if given.get("quick") else {}), **given})
         settings.out = settings.out or f"studies/{self.name}{'-quick' if settings.quick else ''}"
-        if not settings.seeds:
-            raise ValueError("`seeds` is empty: give at least one, e.g. --seeds 0.")
+        check_options(settings)
+        if isinstance(settings, DeviceSettings):
+            _check_device(settings.device)
         self.check(settings)
         return settings
 
@@ -119,15 +141,15 @@ class Study:
         chosen = [key for key in parts if not settings.only or any(fnmatch(key, name) for name in settings.only)]
         if not chosen:
             raise ValueError(f"`only`: no part is called {settings.only[0]!r}: there are {', '.join(parts)}.")
-        _begin(out, settings)
+        _hold(out, settings)
         missing = [key for key in chosen if not _result(out, key).is_file()]
         for place, key in enumerate(missing, 1):
             say(f"{self.name}: {key} ({place} of {len(missing)})")
             _result(out, key).parent.mkdir(parents=True, exist_ok=True)
             started = time.perf_counter()
-            found = parts[key](_result(out, key).parent)
-            kept = {**found, "seconds": round(time.perf_counter() - started, 1)}
-            write(_result(out, key), json.dumps(_finite(kept)) + "\n")
+            result = {**parts[key](_result(out, key).parent), "seconds": round(time.perf_counter() - started, 1)}
+            _hold(out, settings)
+            write(_result(out, key), json.dumps(_finite(result)) + "\n")
         done = [key for key in parts if _result(out, key).is_file()]
         if len(done) < len(parts):
             say(f"{self.name}: {len(done)} of {len(parts)} parts are there; the report comes with the last.")
@@ -156,8 +178,9 @@ class Study:
         }
         figures = _finite({**about, **report.figures})
         quick = "\nA quick form of the study: it shows that it runs, and measures nothing.\n" if settings.quick else ""
-        seeds = ", ".join(map(str, settings.seeds))
-        head = f"# {self.name}\n\n{self.about.strip()}\n{quick}\nSeeds {seeds}. `{about['command']}`\n"
+        drawn: list[int] = getattr(settings, "seeds", [])
+        seeds = f"Seeds {', '.join(map(str, drawn))}. " if drawn else ""
+        head = f"# {self.name}\n\n{self.about.strip()}\n{quick}\n{seeds}`{about['command']}`\n"
         write(out / f"{self.name}.json", json.dumps(figures, indent=1) + "\n")
         write(out / f"{self.name}.md", f"{head}\n{report.tables.strip()}\n")
         if report.plot is not None:
@@ -166,21 +189,32 @@ class Study:
         say(f"Written: {out / self.name}.json, .md{'' if report.plot is None else ', .png'}")
 
 
-def _begin(out: Path, settings: StudySettings) -> None:
-    kept = {name: value for name, value in vars(settings).items() if name not in FREE}
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"`device`: {name!r} is not here: {str(error).splitlines()[0]} Give another, e.g. cpu."
+        ) from None
+
+
+def _hold(out: Path, settings: StudySettings) -> None:
+    """The directory is of these settings: from its first part's first file on, of no others."""
+    told = {name: value for name, value in vars(settings).items() if name not in FREE}
     saved = out / SETTINGS
-    if saved.is_file():
+    begun = any(path.is_file() and path.stat().st_size for path in (out / PARTS).rglob("*"))
+    if begun and saved.is_file():
         known = json.loads(saved.read_text(encoding="utf-8"))
-        if differing := [name for name in kept if known.get(name) != json.loads(json.dumps(kept[name]))]:
+        if differing := [name for name in told if known.get(name) != json.loads(json.dumps(told[name]))]:
             name = differing[0]
             raise ValueError(
-                f"`{name}`: the study in {out} was begun with {known.get(name)!r} and not {kept[name]!r}. Leave it as it "
+                f"`{name}`: the study in {out} was begun with {known.get(name)!r} and not {told[name]!r}. Leave it as it "
                 "was, or give another --out."
             )
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write(saved, json.dumps(kept) + "\n")
+        write(saved, json.dumps(told) + "\n")
     except OSError as error:
         raise ValueError(f"`out`: nothing can be written to {out}: {error.strerror}. Give another.") from None
 

@@ -1,15 +1,4 @@
-"""
-Frozen against learning perplexity over long documents, by one model or by several, that what training on with learning on
-is worth stands beside what the converted model gains.
-
-    hope convert hope-demo/wheels/*.gguf converted --periods 256 --window 1024
-    hope train continue-smollm2 --out continued/first_order
-    hope train continue-smollm2 --out continued/second_order --config cms_training=second_order cms_learn_rates=true \\
-        cms_max_backprop_updates=1 --rates-learning-rate 3e-2
-    hope train continue-smollm2 --out continued/control --config cms_training=static
-    hope study test_time_learning --models converted=converted control=continued/control/model \\
-        first_order=continued/first_order/model second_order=continued/second_order/model
-"""
+"""Frozen against learning perplexity over long documents, by one model or by several that stand beside the first."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -29,7 +18,7 @@ ABOUT = """Frozen against learning perplexity of the second half of long documen
 
 Each document is read three times by each model: frozen with its window and sinks, learning with the same, and frozen at
 the native context. Every token's loss is taken before the model has learned from it."""
-PARTS = 8  # of a document, whose losses are kept
+EIGHTHS = 8  # of a document, whose losses are kept
 WORSE = 0.01  # a document counts as worse when its perplexity rises by more
 
 
@@ -48,7 +37,7 @@ def _read(settings: ReaderSettings, model: str, kind: str, document: str, _: Pat
         "first_half": reading.perplexity(0, 0.5),
         "second_half": reading.perplexity(0.5),
         "all": reading.perplexity(),
-        "parts": [reading.perplexity(part / PARTS, (part + 1) / PARTS) for part in range(PARTS)],
+        "parts": [reading.perplexity(part / EIGHTHS, (part + 1) / EIGHTHS) for part in range(EIGHTHS)],
         "tokens": len(ids),
     }
 
@@ -142,13 +131,13 @@ def _plot(
         for kind, style in zip(READINGS, ("--", "-", ":"), strict=True):
             mean_of = [
                 mean(found[f"{name}/{kind}/{document}"]["parts"][part] for document in documents)
-                for part in range(PARTS)
+                for part in range(EIGHTHS)
             ]
-            right.plot(range(1, PARTS + 1), mean_of, style, label=f"{name}, {kind}")
+            right.plot(range(1, EIGHTHS + 1), mean_of, style, label=f"{name}, {kind}")
     left.axvline(0, color="#888888", linewidth=0.8)
     left.invert_yaxis()
     left.set_xlabel("lower perplexity by learning, second half, %")
-    right.set_xlabel(f"part of the document, of {PARTS}")
+    right.set_xlabel(f"part of the document, of {EIGHTHS}")
     right.set_ylabel("perplexity, mean over documents")
     for axes in (left, right):
         axes.legend(frameon=False, fontsize=8)

@@ -8,12 +8,9 @@ from typing import Any
 
 import datasets
 
-from modeling_hope.eval.generators.class_streams import ClassTask, Example, class_stream
+from modeling_hope.eval.generators.class_streams import BETWEEN, QUESTION, ClassTask, Example, class_stream
 from modeling_hope.eval.studies.accuracy_matrix import average_accuracy, forgetting
 
-
-QUESTION = "Query: {}\nIntent:"
-BETWEEN = "\n\n"
 
 Doc = dict[str, Any]
 Found = tuple[int, int, float]  # after which task, of which, whether it was right
