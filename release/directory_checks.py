@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors import safe_open
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import get_relative_imports
 
 from modeling_hope import HopeConfig, HopeForCausalLM
 from modeling_hope.conversion.checkpoint_files import CheckpointFiles
@@ -203,13 +203,13 @@ def remote_code(directory: ModelDirectory) -> str:
     missing = [name for name in ("AutoConfig", "AutoModelForCausalLM") if name not in named]
     if missing:
         raise CheckError(f"`auto_map` in config.json does not say what {' and '.join(missing)} load", WITH_CODE)
-    begins = {f"{place.split('--')[-1].split('.')[0]}.py" for place in named.values()}
-    try:
-        needed = begins | {
-            Path(file).name for name in begins for file in get_relative_import_files(directory.path / name)
-        }
-    except OSError:
-        needed = begins
+    needed: set[str] = set()
+    waiting = {f"{place.split('--')[-1].split('.')[0]}.py" for place in named.values()}
+    while waiting:
+        name = waiting.pop()
+        needed.add(name)
+        if (directory.path / name).is_file():
+            waiting |= {f"{module}.py" for module in get_relative_imports(directory.path / name)} - needed
     lacking = sorted(name for name in needed if not (directory.path / name).is_file())
     if lacking:
         raise CheckError(f"{some(lacking)} missing, which `auto_map` needs", WITH_CODE)

@@ -1,7 +1,8 @@
 """
 Files of results, as `hope eval`, `hope study` and `hope train` write them: which checkpoint they are of, and their figures.
 
-Nothing else comes into a card's `model-index`. A file says by `checkpoint` (see `conversion.identity`) what it is of.
+Nothing else comes into a card's `model-index`. A file says by `checkpoint` (see `conversion.identity`) what it is of. The hub's
+form knows data by `dataset_type` alone: figures of one go under one heading, whatever their `dataset_name`.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def training_results(content: Mapping[str, Any]) -> Iterator[EvalResult]:
             yield EvalResult(
                 task_type=TASK,
                 task_name="language modelling",
-                dataset_type="text",
+                dataset_type=source or "all",
                 dataset_name=f"{source or 'all sources'}, held-out documents",
                 metric_type="perplexity",
                 metric_name=f"perplexity, learning {'on' if learning else 'off'}",
@@ -144,15 +145,20 @@ def lm_eval_results(content: Mapping[str, Any]) -> Iterator[EvalResult]:
             if not comma or not is_number(value) or metric.endswith("_stderr"):
                 continue
             error = figures.get(f"{metric}_stderr,{kept}")
-            details = {"few_shot": shots, "documents": samples.get("effective"), "of": samples.get("original")}
+            details = {
+                "dataset": data,
+                "config": about.get("dataset_name"),
+                "few_shot": shots,
+                "documents": samples.get("effective"),
+                "of": samples.get("original"),
+            }
             if is_number(error):
                 details["stderr"] = error
             name = metric if kept == "none" else f"{metric}, {kept}"
             yield EvalResult(
                 task_type=TASK,
-                dataset_type=data if isinstance(data, str) and data else task,
+                dataset_type=task,
                 dataset_name=task,
-                dataset_config=about.get("dataset_name") if isinstance(about.get("dataset_name"), str) else None,
                 dataset_split=about.get("test_split"),
                 metric_type=metric,
                 metric_name=f"{name} ({used})" if used else name,
@@ -189,7 +195,7 @@ def test_time_learning_results(content: Mapping[str, Any], model: str) -> Iterat
             yield EvalResult(
                 task_type=TASK,
                 task_name="test-time learning",
-                dataset_type="document",
+                dataset_type=document,
                 dataset_name=document,
                 dataset_args={"tokens": figures["tokens"]},
                 metric_type="perplexity",
@@ -209,7 +215,7 @@ def context_results(content: Mapping[str, Any], model: str) -> Iterator[EvalResu
                 yield EvalResult(
                     task_type=TASK,
                     task_name="perplexity against context",
-                    dataset_type="document",
+                    dataset_type="documents",
                     dataset_name=f"{len(content['documents'])} documents",
                     metric_type="perplexity",
                     metric_name=f"perplexity after {tokens:,} tokens, {READINGS[curve['reading']]}",

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
+import pickle
 import shutil
-import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx
 import pytest
 import torch
 import yaml
@@ -20,10 +20,10 @@ from modeling_hope import HopeConfig, HopeForCausalLM
 from modeling_hope.cli.main import main
 from modeling_hope.conversion.identity import identify
 from modeling_hope.release import release, render_again
-from modeling_hope.release import release as whole
 from modeling_hope.release.absolute_paths import absolute_paths, without_paths
-from modeling_hope.release.fresh_environment import STEPS
-from modeling_hope.release.push import check_can_push, push
+from modeling_hope.release.check import Check
+from modeling_hope.release.fresh_environment import STEPS, try_in_fresh_environment
+from modeling_hope.release.push import push
 
 from .conftest import chat_tokenizer, tiny_model
 
@@ -64,17 +64,10 @@ def place(made, tmp_path):
 
 
 @pytest.fixture
-def without_trial(monkeypatch):
+def untried(monkeypatch):
     """Where the fresh environment is not what a test is about: it takes seconds."""
-    passed = [SimpleNamespace(name=name, passed=True, found="", fix="") for name in STEPS]
-    checks = [type("Seen", (), vars(check)) for check in passed]
-    del checks
-    from modeling_hope.release.check import Check
-
-    monkeypatch.setattr(
-        "modeling_hope.release.release.try_in_fresh_environment",
-        lambda *asked: [Check(name, True, "not tried") for name in STEPS],
-    )
+    checks = [Check(name, True, "not tried") for name in STEPS]
+    monkeypatch.setattr(sys.modules[release.__module__], "try_in_fresh_environment", lambda *asked: checks)
 
 
 def contents(directory):
@@ -138,7 +131,8 @@ def write_json(path, content):
     return path
 
 
-def test_a_release_from_the_command_line(place, tmp_path, capsys):
+def test_a_release_from_the_command_line(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules[release.__module__], "try_in_fresh_environment", cache(try_in_fresh_environment))
     model, card = place / "model", place / "card"
     before, checkpoint = contents(model), identify(model)
     given = [
@@ -177,7 +171,7 @@ def test_a_release_from_the_command_line(place, tmp_path, capsys):
         ]
     )
     assert [each.metric_args for each in data.eval_results if each.metric_type == "acc"] == [
-        {"few_shot": 2, "documents": 12, "of": 100, "stderr": 0.1}
+        {"dataset": "allenai/choices", "config": "easy", "few_shot": 2, "documents": 12, "of": 100, "stderr": 0.1}
     ]
     for said in (
         *(FACTS[name] for name in ("summary", "training_data", "compute", "limitations")),
@@ -199,24 +193,300 @@ def test_a_release_from_the_command_line(place, tmp_path, capsys):
     assert main(["release", str(model), "--card", str(card)]) == 0 and contents(model) == after
 
 
-def test_the_ten_lines_and_the_code_are_tried_without_the_package(place, capsys):
+def test_the_code_and_the_lines_are_tried_where_the_package_is_not(place, capsys):
     model, card = place / "model", place / "card"
     before = contents(place)
-    weights = load_file(model / "model.safetensors")
-    extra = {**weights, "model.norm.other": torch.zeros(3)}
-    for path, spoiled, named in (
-        ("session_hope.py", "raise ImportError('nothing of this')\n", "nothing of this"),
-        ("session_hope.py", (model / "session_hope.py").read_text().replace("def read(", "def reads("), "how to use"),
-        ("generation_hope.py", "import modeling_hope.cli\n", "modeling_hope"),
-    ):
-        kept = (model / path).read_text()
-        (model / path).write_text(spoiled)
-        assert main(["release", str(model), "--card", str(card)]) == 2
-        said = " ".join(capsys.readouterr().err.split())
-        assert named in said and "FAILED" in said and "fix:" in said and "nothing was written" in said
-        (model / path).write_text(kept)
-    save_file(extra, model / "model.safetensors", metadata={"format": "pt"})
-    assert main(["release", str(model), "--card", str(card), "--python", sys.executable]) == 2
+    code, weights = (model / "session_hope.py").read_text(), load_file(model / "model.safetensors")
+    asked = ["release", str(model), "--card", str(card)]
+
+    (model / "session_hope.py").write_text(code.replace("def read(", "def reads("))
+    assert main(asked) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "remembers ok" in said and "how to use FAILED AttributeError" in said and "nothing was written" in said
+    (model / "session_hope.py").write_text(code)
+
+    save_file({**weights, "model.norm.other": torch.zeros(3)}, model / "model.safetensors", metadata={"format": "pt"})
+    assert main(asked) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "loads FAILED RuntimeError: unexpected keys: ['model.norm.other']" in said and "generates not run" in said
+
+    assert main([*asked, "--python", sys.executable]) == 2
     assert "modeling_hope is installed in this environment" in " ".join(capsys.readouterr().err.split())
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert main([*asked, "--python", "/no/python"]) == 2 and "cannot be run" in capsys.readouterr().err
     assert contents(place).keys() == before.keys()
+
+
+def spoil_config(model, **fields):
+    path = model / "config.json"
+    write_json(path, {**json.loads(path.read_text()), **fields})
+
+
+def spoil_weights(model, name, change):
+    tensors = load_file(model / "model.safetensors")
+    tensors[name] = change(tensors[name])
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def checkpoint(model):
+    (model / "checkpoint-10").mkdir()
+    shutil.copy(model / "config.json", model / "checkpoint-10")
+
+
+def shorten(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+NORM = "model.norm.weight"
+PICKLE = {"weight": torch.zeros(2)}
+# What is done to a directory; the check that fails; what it says.
+SPOILED = [
+    (lambda m: torch.save(PICKLE, m / "optimizer.pt"), "safetensors only", "optimizer.pt: pickles"),
+    (lambda m: torch.save(PICKLE, m / "renamed.txt"), "safetensors only", "renamed.txt: pickles"),
+    (lambda m: (m / "old").write_bytes(pickle.dumps(PICKLE)), "safetensors only", "old: pickles"),
+    (lambda m: (m / "model.gguf").write_text("x"), "safetensors only", "other forms"),
+    (lambda m: (m / ".env").write_text("TOKEN=1"), "files", ".env"),
+    (checkpoint, "files", "checkpoint-10/config.json"),
+    (lambda m: (m / "lost").symlink_to("/nowhere"), "files", "links that lead nowhere"),
+    (
+        lambda m: tiny_model().new_memory().save_pretrained(m, model=tiny_model()),
+        "no memory",
+        "every token that was read",
+    ),
+    (
+        lambda m: spoil_config(m, note="/home/ada/model"),
+        "no absolute paths",
+        "config.json says /home/ada/model at `note`",
+    ),
+    (lambda m: write_json(m / "more.json", {"a": [{"b": "see C:\\models\\x"}]}), "no absolute paths", "at `a[0].b`"),
+    (lambda m: spoil_config(m, cms_periods=[4, 7]), "config", "cms_periods"),
+    (lambda m: spoil_config(m, architectures=["HopeModel"]), "config", "['HopeModel']"),
+    (lambda m: spoil_config(m, auto_map={}), "remote code", "register_for_auto_class"),
+    (lambda m: (m / "packing.py").unlink(), "remote code", "packing.py missing"),
+    (lambda m: shorten(m / "model.safetensors"), "weights", "damaged"),
+    (lambda m: shutil.copy(m / "model.safetensors", m / "more.safetensors"), "weights", "more.safetensors: no index"),
+    (lambda m: spoil_weights(m, NORM, lambda t: t / 0), "weights", "not finite"),
+    (lambda m: [path.unlink() for path in m.glob("tokenizer*")], "tokenizer", "none"),
+    (lambda m: chat_tokenizer(words=60).save_pretrained(m), "tokenizer", "no embedding"),
+    (lambda m: (m / "LICENSE").unlink(), "licence", "no LICENSE"),
+    (lambda m: (m / "LICENSE").write_text("Mine."), "licence", "not the text of apache-2.0"),
+    (lambda m: (m / "README.md").write_text("# My model"), "own card", "would write over it"),
+    (lambda m: (m / "SHA256SUMS").write_text(f"{'0' * 64}  LICENSE\n"), "checksums", "LICENSE: not as SHA256SUMS"),
+    (lambda m: (m / "SHA256SUMS").write_text(f"{'0' * 64}  lost.py\n"), "checksums", "lost.py"),
+    (lambda m: (m / "SHA256SUMS").write_text("what?\n"), "checksums", "cannot be read"),
+]
+
+
+@pytest.mark.parametrize("spoil, name, says", SPOILED, ids=[f"{i}-{name}" for i, (_, name, _) in enumerate(SPOILED)])
+def test_what_keeps_a_directory_from_being_released(place, spoil, name, says):
+    model = place / "model"
+    spoil(model)
+    before = contents(place)
+    with pytest.raises(ValueError) as raised:
+        release(model, place / "card")
+    said = " ".join(str(raised.value).split())
+    assert f"{name} FAILED" in said and says in said and "fix:" in said and "loads not run" in said
+    assert contents(place) == before
+
+
+def test_what_is_no_model_and_facts_that_cannot_be(place, tmp_path, untried):
+    model, card = place / "model", place / "card"
+    for directory, config, says in (
+        (tmp_path / "nothing", None, "is no directory"),
+        (tmp_path / "empty", None, "config.json is missing"),
+        (tmp_path / "broken", "{", "cannot be read"),
+        (tmp_path / "llama", '{"model_type": "llama"}', "'llama': give a Hope model"),
+    ):
+        if directory.name != "nothing":
+            directory.mkdir()
+        if config:
+            (directory / "config.json").write_text(config)
+        with pytest.raises(ValueError, match=says):
+            release(directory, card)
+    with pytest.raises(ValueError, match=r"facts.yaml is missing(.|\n)*repository: owner/name"):
+        release(model, tmp_path / "no-card")
+    for change, says in (
+        ({"summary": None}, "`summary`"),
+        ({"licence": "mit"}, "no fact `licence`"),
+        ({"compute": " "}, "`compute` is empty"),
+        ({"license": "Apache 2.0"}, "the hub's name for it"),
+        ({"license": "other"}, "`license_link` is missing"),
+        ({"repository": "tiny"}, "owner/name"),
+        ({"base_model": ["a/b/c"]}, "owner/name"),
+        ({"limitations": "See /home/ada/notes.txt"}, "/home/ada/notes.txt: it tells of your machine"),
+    ):
+        facts = {name: value for name, value in {**FACTS, **change}.items() if value is not None}
+        (card / "facts.yaml").write_text(yaml.safe_dump(facts))
+        before = contents(place)
+        with pytest.raises(ValueError, match=says):
+            release(model, card)
+        assert contents(place) == before
+    (card / "facts.yaml").write_text("- one\n")
+    with pytest.raises(ValueError, match="no `field: value` lines"):
+        release(model, card)
+
+
+def test_results_of_another_model_or_none_are_refused(place, tmp_path, untried):
+    model, card = place / "model", place / "card"
+    checkpoint, before = identify(model), contents(place)
+    weights, config = {**checkpoint, "weights": "1" * 64}, {**checkpoint, "config": "1" * 64}
+    for content, says in (
+        (training_result(weights), "of another model: other weights"),
+        (training_result(config), "the same weights with another config"),
+        (study_result(weights), "of another model"),
+        (lm_eval_result(weights), "of another model"),
+        (training_result(None), "does not say which checkpoint"),
+        (lm_eval_result(None), "does not say which checkpoint"),
+        (study_result(checkpoint, checkpoints={}), "does not say which checkpoint"),
+        (study_result(checkpoint, settings={"quick": True}), "run it without --quick"),
+        (study_result(checkpoint, study="mad"), "makes models of its own"),
+        (lm_eval_result(checkpoint, results={"choices": {"alias": "choices"}}), "has no figures"),
+        ({"accuracy": 0.99}, "is no file of results"),
+        (["accuracy"], "is no file of results"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            release(model, card, [write_json(tmp_path / "given.json", content)])
+        assert contents(place) == before
+    (tmp_path / "given.json").write_text("{")
+    for path, says in ((tmp_path / "given.json", "is no JSON"), (tmp_path / "lost.json", "cannot be read")):
+        with pytest.raises(ValueError, match=says):
+            release(model, card, [path])
+    twice = [write_json(tmp_path / name, study_result(checkpoint)) for name in ("a.json", "b.json")]
+    with pytest.raises(ValueError, match="two files would be called"):
+        release(model, card, twice)
+    release(model, card, twice[:1])
+    # Weights that were trained on are another model, and what was measured before is not theirs.
+    spoil_weights(model, NORM, lambda tensor: tensor + 1)
+    (model / "SHA256SUMS").unlink()
+    with pytest.raises(ValueError, match="of another model: other weights"):
+        release(model, card)
+    (card / "results" / "test_time_learning.json").unlink()
+    release(model, card)
+    assert not (model / "results" / "test_time_learning.json").exists()
+
+
+def test_a_checkpoint_is_known_by_its_numbers_and_what_it_computes(made, tmp_path):
+    model = HopeForCausalLM.from_pretrained(made / "model")
+    ours = identify(made / "model")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1 and identify(tmp_path / "shards") == ours
+    model.config.cms_learning_rates = [0.1, 0.4, 0.0]
+    model.save_pretrained(tmp_path / "rates")
+    rates = identify(tmp_path / "rates")
+    assert rates["weights"] == ours["weights"] and rates["config"] != ours["config"]
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    model.save_pretrained(tmp_path / "changed")
+    assert identify(tmp_path / "changed")["weights"] != ours["weights"]
+
+
+def test_absolute_paths():
+    text = "at /home/ada/x.txt, C:\\models\\tiny or ~/models, pretrained=/mnt/disk/tiny,memory=stream"
+    assert absolute_paths(text) == ["/home/ada/x.txt", "C:\\models\\tiny", "~/models", "/mnt/disk/tiny"]
+    assert without_paths(text) == "at x.txt, tiny or models, pretrained=tiny,memory=stream"
+    for harmless in (
+        "a/b/c",
+        "./a/b",
+        "../a/b",
+        "https://a.b/c/d",
+        "</think>",
+        "/think",
+        "and/or",
+        "{{ a // b }}",
+        "1/2/3",
+    ):
+        assert absolute_paths(harmless) == []
+
+
+def test_a_disk_that_is_full_leaves_no_part_of_a_card(place, monkeypatch, untried):
+    before = contents(place)
+    write = Path.write_text
+
+    def full(path, text, **options):
+        if path.name == ".README.md.part" and "model" in path.parts:
+            raise OSError(28, "No space left on device")
+        return write(path, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        release(place / "model", place / "card")
+    assert contents(place) == before
+
+
+def answer(status):
+    return SimpleNamespace(status_code=status, headers={}, request=None)
+
+
+class Hub:
+    """What `push` asks of a `HfApi`."""
+
+    def __init__(self, files=None):
+        self.files = files
+
+    def list_repo_tree(self, repository, recursive):
+        if self.files is None:
+            raise RepositoryNotFoundError("none", response=answer(404))
+        kept = {True: lambda data: SimpleNamespace(sha256=hashlib.sha256(data).hexdigest()), False: lambda data: None}
+        folders = [SimpleNamespace(path="results")]
+        return folders + [
+            SimpleNamespace(path=name, size=len(data), lfs=kept[name.endswith(".safetensors")](data))
+            for name, data in self.files.items()
+        ]
+
+    def create_repo(self, repository, private, exist_ok):
+        self.files = {".gitattributes": b""} if self.files is None else self.files
+
+    def upload_folder(self, repo_id, folder_path, commit_message, allow_patterns):
+        self.files |= {name: (Path(folder_path) / name).read_bytes() for name in allow_patterns}
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
+
+
+class RefusingHub(Hub):
+    def __init__(self, status):
+        super().__init__()
+        self.status = status
+
+    def create_repo(self, *asked, **options):
+        raise HfHubHTTPError("no", response=answer(self.status))
+
+
+class LosingHub(Hub):
+    def upload_folder(self, **asked):
+        done = super().upload_folder(**asked)
+        self.files["model.safetensors"] = b"other"
+        return done
+
+
+def test_a_push_and_what_keeps_it_from_the_hub(place, monkeypatch, untried, capsys):
+    done = release(place / "model", place / "card")
+    hub = Hub()
+    for _ in range(2):
+        assert push(done.directory, "ada/tiny-hope", done.checksums, api=hub) == "https://hub/ada/tiny-hope/commit/1"
+        sent = {str(path): data for path, data in contents(place / "model").items()}
+        assert hub.files == {".gitattributes": b"", **sent}
+    for refusing, says in (
+        (Hub({"pytorch_model.bin": b""}), "has pytorch_model.bin, which this release has not"),
+        (RefusingHub(401), "hf auth login"),
+        (RefusingHub(403), "may not write"),
+        (LosingHub(), "has not model.safetensors as it was sent"),
+        (HfApi(endpoint="http://127.0.0.1:9", token="hf_none"), "cannot be reached"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            push(done.directory, "ada/tiny-hope", done.checksums, api=refusing)
+    monkeypatch.setattr("modeling_hope.release.push.get_token", lambda: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    before, asked = contents(place), ["release", str(place / "model"), "--card", str(place / "card"), "--push"]
+    assert main([*asked, "ada/tiny-hope"]) == 2 and "no token" in capsys.readouterr().err
+    assert (
+        main([*asked, "ada/other"]) == 2 and "the card tells people to load 'ada/tiny-hope'" in capsys.readouterr().err
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main([*asked, "ada/tiny-hope"]) == 2 and "HF_HUB_OFFLINE" in capsys.readouterr().err
+    assert main(["release", "--card", str(place / "card"), "--push", "ada/tiny-hope"]) == 2
+    assert "needs the model" in capsys.readouterr().err and contents(place) == before
+
+
+def test_cards_of_the_repository_are_what_their_directories_make():
+    cards = [path.parent for path in (ROOT / "model_cards").glob("*/facts.yaml")]
+    assert cards
+    for card in cards:
+        assert (card / "README.md").read_text(encoding="utf-8") == render_again(card)
