@@ -99,7 +99,7 @@ def read_facts(card: Path) -> CardFacts:
     needed = [n for n, field in known.items() if field.default_factory is field.default is dataclasses.MISSING]
     if missing := [name for name in needed if name not in fields]:
         raise ValueError(f"{path}: `{missing[0]}` is missing. For example\n\n{EXAMPLE}")
-    texts = {name: value.strip() if isinstance(value, str) else value for name, value in fields.items()}
+    texts: dict[str, Any] = {name: value.strip() if isinstance(value, str) else value for name, value in fields.items()}
     try:
         return CardFacts(**texts)
     except (ValueError, StrictDataclassError) as error:

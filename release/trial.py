@@ -10,17 +10,19 @@ import importlib.util
 import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 PROMPT = "Hello, my name is"
 NEW_TOKENS = 8
 
 
-def main(request):
-    findings = {}
+def main(request: dict[str, Any]) -> None:
+    findings: dict[str, dict[str, str]] = {}
 
-    def step(name, action):
+    def step(name: str, action: Callable[[], str]) -> None:
         try:
             findings[name] = {"found": action()}
         except Exception as error:  # whatever it is, the report says it
@@ -29,7 +31,8 @@ def main(request):
         if "error" in findings[name]:
             sys.exit(1)
 
-    directory, held = request["directory"], {}
+    directory: str = request["directory"]
+    held: dict[str, Any] = {}
     step("loads", lambda: loads(directory, held))
     step("generates", lambda: generates(directory, held))
     step("remembers", lambda: remembers(held))
@@ -37,7 +40,7 @@ def main(request):
     step("how to use", lambda: runs(request["lines"]))
 
 
-def loads(directory, held):
+def loads(directory: str, held: dict[str, Any]) -> str:
     if importlib.util.find_spec("modeling_hope") is not None:
         raise RuntimeError("modeling_hope is installed in this environment: give one with torch and transformers alone")
     import torch
@@ -62,7 +65,7 @@ def loads(directory, held):
     )
 
 
-def generates(directory, held):
+def generates(directory: str, held: dict[str, Any]) -> str:
     import torch
     from transformers import AutoTokenizer
 
@@ -80,7 +83,7 @@ def generates(directory, held):
     return f"{PROMPT!r} goes on with {tokenizer.decode(said)!r}"
 
 
-def remembers(held):
+def remembers(held: dict[str, Any]) -> str:
     """A memory that was saved and loaded goes on as the one that was not."""
     model, prompt = held["model"], held["prompt"]
     memory = model.new_memory()
@@ -94,7 +97,7 @@ def remembers(held):
     return "a memory that was saved and loaded goes on the same"
 
 
-def runs(lines):
+def runs(lines: str) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(lines, "how to use", "exec"), {"__name__": "__main__"})

@@ -24,6 +24,7 @@ from modeling_hope.release.absolute_paths import absolute_paths, without_paths
 from modeling_hope.release.check import Check
 from modeling_hope.release.fresh_environment import STEPS, try_in_fresh_environment
 from modeling_hope.release.push import push
+from modeling_hope.release.result_files import read_result_file
 
 from .conftest import chat_tokenizer, tiny_model
 
@@ -362,6 +363,24 @@ def test_results_of_another_model_or_none_are_refused(place, tmp_path, untried):
     (card / "results" / "test_time_learning.json").unlink()
     release(model, card)
     assert not (model / "results" / "test_time_learning.json").exists()
+
+
+def test_perplexity_against_context_in_a_card(tmp_path):
+    checkpoint = {"weights": "1" * 64, "config": "2" * 64}
+    content = {
+        "study": "context",
+        "command": "hope study context --models ours=tiny",
+        "settings": {"quick": False, "contexts": [16, 64], "scored": 40},
+        "checkpoints": {"ours": checkpoint},
+        "documents": ["story", "tale"],
+        "perplexity": [
+            {"model": "other", "reading": "frozen", "by_context": [1.0, 2.0]},
+            {"model": "ours", "reading": "learning", "by_context": [9.5, None]},
+        ],
+    }
+    (only,) = read_result_file(write_json(tmp_path / "context.json", content), checkpoint).results
+    assert (only.metric_value, only.metric_name) == (9.5, "perplexity after 16 tokens, learning")
+    assert only.dataset_name == "2 documents" and only.metric_args == {"scored": 40}
 
 
 def test_a_checkpoint_is_known_by_its_numbers_and_what_it_computes(made, tmp_path):
