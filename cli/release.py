@@ -46,16 +46,15 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from modeling_hope.conversion.quiet import quiet
-    from modeling_hope.release import release, render_again
+    from modeling_hope.release import release, write_card
     from modeling_hope.release.check import table
     from modeling_hope.release.facts import read_facts
     from modeling_hope.release.push import check_can_push, push
-    from modeling_hope.release.release import write_all
 
     if arguments.model is None:
         if given := [name for name in ("results", "python", "push") if getattr(arguments, name)]:
             raise ValueError(f"`--{given[0]}` needs the model: hope release MODEL --card {arguments.card} ...")
-        write_all({arguments.card / "README.md": render_again(arguments.card)})
+        write_card(arguments.card)
         print(f"Written: {arguments.card}/README.md")
         return
     if arguments.push:

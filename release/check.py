@@ -10,7 +10,7 @@ from dataclasses import dataclass
 WIDTH = 120
 
 
-class CheckError(Exception):
+class CheckError(ValueError):
     """
     Args:
         found: what is wrong.
@@ -18,7 +18,7 @@ class CheckError(Exception):
     """
 
     def __init__(self, found: str, fix: str):
-        super().__init__(found)
+        super().__init__(f"{found}: {fix}.")
         self.found, self.fix = found, fix
 
 

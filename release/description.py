@@ -23,7 +23,7 @@ from .model_directory import DESCRIPTION, ModelDirectory
 
 
 FORMAT_VERSION = 1
-OF_EARLIER_RELEASES = ("own card", "checksums")
+OF_EARLIER_RELEASES = ("own card", "own results", "checksums")
 
 
 @dataclasses.dataclass(frozen=True)

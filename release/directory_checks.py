@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,7 +21,7 @@ from modeling_hope.memory_files import DESCRIPTION_FILE, TENSORS_FILE
 from .absolute_paths import absolute_paths, strings
 from .check import CheckError, some
 from .facts import CardFacts
-from .model_directory import CARD, CHECKSUMS, ModelDirectory
+from .model_directory import CARD, CHECKSUMS, DESCRIPTION, RESULTS, ModelDirectory
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
@@ -51,8 +51,16 @@ WITH_CODE = (
 RENDERED = "<!-- Rendered by `hope release`"  # in the card, by which one is known that may be written over
 
 
-def directory_checks(directory: ModelDirectory, facts: CardFacts) -> dict[str, Callable[[], str]]:
-    """By name; each gives what it found in words, or raises `CheckError`."""
+def directory_checks(
+    directory: ModelDirectory, facts: CardFacts, card: Path, results: Mapping[str, str]
+) -> dict[str, Callable[[], str]]:
+    """
+    By name; each gives what it found in words, or raises `CheckError`.
+
+    Args:
+        card: its directory.
+        results: that are to be written: checksum by file.
+    """
     return {
         "files": lambda: only_what_belongs(directory),
         "safetensors only": lambda: safetensors_only(directory),
@@ -63,7 +71,8 @@ def directory_checks(directory: ModelDirectory, facts: CardFacts) -> dict[str, C
         "weights": lambda: whole_weights(directory),
         "tokenizer": lambda: fitting_tokenizer(directory),
         "licence": lambda: licence(directory, facts),
-        "own card": lambda: no_other_card(directory),
+        "own card": lambda: no_other_card(directory.path / CARD, card / CARD),
+        "own results": lambda: no_other_results(directory, results),
         "checksums": lambda: same_checksums(directory),
     }
 
@@ -200,6 +209,7 @@ def causal_lm(directory: ModelDirectory) -> str:
 
 def remote_code(directory: ModelDirectory) -> str:
     named = directory.json("config.json").get("auto_map") or {}
+    named = {name: place for name, place in named.items() if isinstance(place, str)}
     missing = [name for name in ("AutoConfig", "AutoModelForCausalLM") if name not in named]
     if missing:
         raise CheckError(f"`auto_map` in config.json does not say what {' and '.join(missing)} load", WITH_CODE)
@@ -238,11 +248,11 @@ def fitting_tokenizer(directory: ModelDirectory) -> str:
     fix = "save the one that the model was trained with: `tokenizer.save_pretrained(...)`"
     try:
         tokenizer = read_tokenizer(directory.path)
-        if tokenizer is None:
-            raise CheckError(f"none: there is neither of {some(FILES, len(FILES))}", fix)
         check_vocabulary(tokenizer, HopeConfig.from_pretrained(directory.path))
     except ValueError as error:
         raise CheckError(str(error).rstrip("."), fix) from None
+    if tokenizer is None:
+        raise CheckError(f"none: there is neither of {some(FILES, len(FILES))}", fix)
     chat = "a chat template" if tokenizer.chat_template else "no chat template"
     return f"{len(tokenizer):,} tokens, {chat}"
 
@@ -262,27 +272,41 @@ def licence(directory: ModelDirectory, facts: CardFacts) -> str:
     return f"{there[0]}, {facts.license}"
 
 
-def no_other_card(directory: ModelDirectory) -> str:
-    path = directory.path / CARD
-    if not path.is_file():
-        return "none, to be written"
-    if RENDERED not in path.read_text(encoding="utf-8", errors="replace"):
+def no_other_card(*places: Path) -> str:
+    for path in places:
+        if path.is_file() and RENDERED not in path.read_text(encoding="utf-8", errors="replace"):
+            raise CheckError(
+                f"{path} was not written by `hope release`, which would write over it",
+                "move it away, and what is to be kept of it into `summary`, `training_data` or `limitations` of the facts",
+            )
+    return "none but what earlier releases wrote"
+
+
+def no_other_results(directory: ModelDirectory, results: Mapping[str, str]) -> str:
+    others = [
+        name
+        for name in directory.files
+        if name.startswith(f"{RESULTS}/")
+        and name not in directory.written_here
+        and results.get(name) != directory.sha256(name)
+    ]
+    if others:
         raise CheckError(
-            f"{CARD} was not written by `hope release`, which would write over it",
-            "move it away, and what is to be kept of it into `summary`, `training_data` or `limitations` of the facts",
+            f"{some(others)}: not of this release", "move them away; results of this checkpoint are given by --results"
         )
-    return "an earlier release's, to be written anew"
+    return f"{len(results)} to be written" if results else "none"
 
 
 def same_checksums(directory: ModelDirectory) -> str:
     if CHECKSUMS not in directory.files:
         return "none of an earlier release"
+    if not directory.recorded:
+        raise CheckError(f"{CHECKSUMS} holds no checksums", f"delete {CHECKSUMS}")
     fix = f"bring back the file, or delete {CHECKSUMS} where the change is meant"
-    try:
-        recorded = directory.recorded_checksums()
-    except (ValueError, UnicodeDecodeError) as error:
-        raise CheckError(f"{CHECKSUMS} cannot be read: {error}", f"delete {CHECKSUMS}") from None
-    recorded = {name: digest for name, digest in recorded.items() if name not in directory.written_here}
+    own = (CARD, DESCRIPTION)
+    recorded = {
+        n: digest for n, digest in directory.recorded.items() if n not in own and not n.startswith(f"{RESULTS}/")
+    }
     changed = [n for n, digest in recorded.items() if n in directory.files and directory.sha256(n) != digest]
     gone = [name for name in recorded if not (directory.path / name).is_file()]
     if changed or gone:
@@ -290,4 +314,4 @@ def same_checksums(directory: ModelDirectory) -> str:
     return f"{len(recorded)} files as {CHECKSUMS} has them"
 
 
-__all__ = ["RENDERED", "directory_checks"]
+__all__ = ["RENDERED", "directory_checks", "no_other_card"]

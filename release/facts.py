@@ -30,7 +30,7 @@ class CardFacts:
 
     Attributes:
         name: of the model, the card's title.
-        repository: on the hub, from which its users load it.
+        repository: from which its users load it: owner/name on the hub, or a directory where it is not there.
         license: of the weights, by the hub's name for it, as `apache-2.0`.
         summary, training_data, compute, limitations: Markdown.
         license_link: where a licence that the hub has no name for (`other`) can be read.
@@ -70,9 +70,7 @@ class CardFacts:
             try:
                 validate_repo_id(name)
             except HFValidationError as error:
-                raise ValueError(f"`repository` and `base_model` are names as owner/name: {error}") from None
-        if "/" not in self.repository:
-            raise ValueError(f"`repository` is {self.repository!r}: give it as owner/name.")
+                raise ValueError(f"`repository` and `base_model` are names on the hub, owner/name: {error}") from None
 
 
 def read_facts(card: Path) -> CardFacts:

@@ -59,10 +59,15 @@ class ModelDirectory:
         """Which one it is; see `conversion.identity`."""
         return identify(self.path, self.config)
 
-    @property
+    @cached_property
     def written_here(self) -> set[str]:
-        """Files that a release writes, and writes anew."""
-        return {name for name in self.files if name in (CARD, DESCRIPTION, CHECKSUMS) or name.startswith(f"{RESULTS}/")}
+        """Files that a release writes; of results those that an earlier one has written, and nobody has changed since."""
+        kept = {
+            n
+            for n, digest in self.recorded.items()
+            if n.startswith(f"{RESULTS}/") and n in self.files and self.sha256(n) == digest
+        }
+        return kept | ({CARD, DESCRIPTION, CHECKSUMS} & set(self.files))
 
     def json(self, name: str) -> Any:
         return json.loads((self.path / name).read_text(encoding="utf-8"))
@@ -74,17 +79,10 @@ class ModelDirectory:
                 hashed.update(part)
         return hashed.hexdigest()
 
-    def recorded_checksums(self) -> dict[str, str]:
-        """
-        Of an earlier release: checksum by file.
-
-        Raises:
-            ValueError: the file is none that `sha256sum` reads.
-        """
-        found = {}
-        for line in (self.path / CHECKSUMS).read_text(encoding="utf-8").splitlines():
-            digest, star, name = line.partition("  ")
-            if not star or len(digest) != 64:
-                raise ValueError(f"line {line[:40]!r}")
-            found[name] = digest
-        return found
+    @cached_property
+    def recorded(self) -> dict[str, str]:
+        """Checksum by file, of an earlier release; lines that `sha256sum` would not read are left out."""
+        if CHECKSUMS not in self.files:
+            return {}
+        lines = (self.path / CHECKSUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+        return {line[66:]: line[:64] for line in lines if line[64:66] == "  "}

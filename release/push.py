@@ -67,7 +67,7 @@ def push(directory: Path, repository: str, checksums: dict[str, str], private: b
         status = getattr(error.response, "status_code", None)
         why = {401: f"the token is none, or not valid: {LOG_IN}", 403: f"the token may not write to it: {LOG_IN} to it"}
         raise ValueError(f"`--push`: {repository}: {why.get(status or 0, str(error).strip())}.") from error
-    except (HTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (HTTPError, OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
         raise ValueError(
             f"`--push`: the hub cannot be reached ({type(error).__name__}). The release is in {directory}: push it by the same "
             "command where there is a network."

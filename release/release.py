@@ -13,8 +13,8 @@ from .absolute_paths import mapped, without_paths
 from .card import render, usage
 from .check import Check, run_checks, table
 from .description import Description, describe
-from .directory_checks import directory_checks
-from .facts import CardFacts, read_facts
+from .directory_checks import directory_checks, no_other_card
+from .facts import read_facts
 from .fresh_environment import STEPS, try_in_fresh_environment
 from .model_directory import CARD, CHECKSUMS, DESCRIPTION, RESULTS, ModelDirectory
 from .result_files import ResultFile, kind_of, load_json, read_result_file
@@ -25,13 +25,11 @@ class Release:
     """
     Attributes:
         directory: of the model.
-        facts: of its card.
         checks: all of them, passed.
         checksums: SHA-256 by file.
     """
 
     directory: Path
-    facts: CardFacts
     checks: list[Check]
     checksums: dict[str, str]
 
@@ -59,7 +57,8 @@ def release(
     model, card = ModelDirectory(directory), Path(card)
     facts = read_facts(card)
     contents = result_contents(card, results)
-    checks = run_checks(directory_checks(model, facts))
+    digests = {f"{RESULTS}/{name}": _digest(text) for name, text in contents.items()}
+    checks = run_checks(directory_checks(model, facts, card, digests))
     if failed := [check for check in checks if not check.passed]:
         later = [Check(name, None, "needs what failed") for name in STEPS]
         raise ValueError(_failure(failed, [*checks, *later]))
@@ -69,7 +68,6 @@ def release(
     if failed := [check for check in checks if not check.passed]:
         raise ValueError(_failure(failed, checks))
     description = description.with_checks(_without_place(checks, model.path))
-    digests = {f"{RESULTS}/{name}": _digest(text) for name, text in contents.items()}
     text = render(facts, description, [(file, digests[f"{RESULTS}/{file.name}"]) for file in files])
     written = {f"{RESULTS}/{name}": result for name, result in contents.items()}
     written |= {DESCRIPTION: description.as_json(), CARD: text}
@@ -77,12 +75,12 @@ def release(
     checksums |= {name: _digest(content) for name, content in written.items()}
     checksums = {name: checksums[name] for name in sorted(checksums)}
     sums = "".join(f"{digest}  {name}\n" for name, digest in checksums.items())
-    stale = {model.path / name for name in model.written_here} - {model.path / name for name in (*written, CHECKSUMS)}
+    stale = [model.path / name for name in model.written_here - {*written, CHECKSUMS}]
     write_all({place / name: content for place in (card, model.path) for name, content in written.items()})
     for path in stale:  # results of an earlier release
         path.unlink()
     write_all({model.path / CHECKSUMS: sums})
-    return Release(model.path, facts, checks, checksums)
+    return Release(model.path, checks, checksums)
 
 
 def render_again(card: str | Path) -> str:
@@ -97,6 +95,19 @@ def render_again(card: str | Path) -> str:
     contents = result_contents(card, ())
     files = [(_result(name, text, description.checkpoint), _digest(text)) for name, text in contents.items()]
     return render(facts, description, files)
+
+
+def write_card(card: str | Path) -> None:
+    """
+    Render a card again, in its directory.
+
+    Raises:
+        ValueError: as in `render_again`, or the one that is there was not rendered.
+    """
+    path = Path(card) / CARD
+    text = render_again(card)
+    no_other_card(path)
+    write_all({path: text})
 
 
 def result_contents(card: Path, further: Iterable[str | Path]) -> dict[str, str]:

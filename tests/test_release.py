@@ -192,6 +192,8 @@ def test_a_release_from_the_command_line(place, tmp_path, capsys, monkeypatch):
     (card / "README.md").unlink()
     assert main(["release", "--card", str(card)]) == 0 and (card / "README.md").read_bytes() == after[Path("README.md")]
     assert main(["release", str(model), "--card", str(card)]) == 0 and contents(model) == after
+    (card / "README.md").write_text("# Mine")
+    assert main(["release", "--card", str(card)]) == 2 and "would write over it" in capsys.readouterr().err
 
 
 def test_the_code_and_the_lines_are_tried_where_the_package_is_not(place, capsys):
@@ -231,6 +233,11 @@ def spoil_weights(model, name, change):
 def checkpoint(model):
     (model / "checkpoint-10").mkdir()
     shutil.copy(model / "config.json", model / "checkpoint-10")
+
+
+def earlier_results(model):
+    (model / "results").mkdir()
+    write_json(model / "results" / "mine.json", {})
 
 
 def shorten(path):
@@ -273,7 +280,9 @@ SPOILED = [
     (lambda m: (m / "README.md").write_text("# My model"), "own card", "would write over it"),
     (lambda m: (m / "SHA256SUMS").write_text(f"{'0' * 64}  LICENSE\n"), "checksums", "LICENSE: not as SHA256SUMS"),
     (lambda m: (m / "SHA256SUMS").write_text(f"{'0' * 64}  lost.py\n"), "checksums", "lost.py"),
-    (lambda m: (m / "SHA256SUMS").write_text("what?\n"), "checksums", "cannot be read"),
+    (lambda m: (m / "SHA256SUMS").write_text("what?\n"), "checksums", "holds no checksums"),
+    (lambda m: (m / "../card/README.md").write_text("# My model"), "own card", "would write over it"),
+    (earlier_results, "own results", "results/mine.json: not of this release"),
 ]
 
 
@@ -311,7 +320,7 @@ def test_what_is_no_model_and_facts_that_cannot_be(place, tmp_path, untried):
         ({"compute": " "}, "`compute` is empty"),
         ({"license": "Apache 2.0"}, "the hub's name for it"),
         ({"license": "other"}, "`license_link` is missing"),
-        ({"repository": "tiny"}, "owner/name"),
+        ({"repository": "a/b/c"}, "owner/name"),
         ({"base_model": ["a/b/c"]}, "owner/name"),
         ({"limitations": "See /home/ada/notes.txt"}, "/home/ada/notes.txt: it tells of your machine"),
     ):
@@ -360,9 +369,16 @@ def test_results_of_another_model_or_none_are_refused(place, tmp_path, untried):
     (model / "SHA256SUMS").unlink()
     with pytest.raises(ValueError, match="of another model: other weights"):
         release(model, card)
-    (card / "results" / "test_time_learning.json").unlink()
+    kept = (card / "results" / "test_time_learning.json").rename(tmp_path / "kept.json").read_bytes()
+    with pytest.raises(ValueError, match="own results"):
+        release(model, card)
+    assert (model / "results" / "test_time_learning.json").read_bytes() == kept
+    (model / "results" / "test_time_learning.json").unlink()
+    release(model, card, [write_json(tmp_path / "new.json", training_result(identify(model)))])
+    # What an earlier release wrote, and nobody has changed, goes with what it is of.
+    (card / "results" / "training.json").unlink()
     release(model, card)
-    assert not (model / "results" / "test_time_learning.json").exists()
+    assert not (model / "results" / "training.json").exists()
 
 
 def test_perplexity_against_context_in_a_card(tmp_path):
