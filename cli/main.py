@@ -10,13 +10,13 @@ from difflib import get_close_matches
 
 from huggingface_hub.errors import StrictDataclassError
 
-from . import bench, chat, convert, demo, eval, export, study, train
+from . import bench, chat, convert, demo, eval, export, release, study, train
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hope", description="Language models that learn while they read.")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
-    for command in (demo, chat, convert, export, train, eval, study, bench):
+    for command in (demo, chat, convert, export, train, eval, study, bench, release):
         command.add_to(commands)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:

@@ -15,6 +15,7 @@ from modeling_hope import HopeForCausalLM
 
 from .comparison import compare
 from .dtype import loses_nothing
+from .identity import identify
 from .plan import ConversionPlan
 from .progress import tracked
 from .recipe import Recipe
@@ -153,6 +154,7 @@ def _write(plan: ConversionPlan, output: Path, check: bool, max_shard_size: int 
         )
         if check:
             _compare(plan, lambda: HopeForCausalLM.from_pretrained(staged, dtype=torch.float32).eval())
+        plan.report.checkpoint = identify(staged)
         plan.report.save(staged)
 
 

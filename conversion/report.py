@@ -39,6 +39,7 @@ class ConversionReport:
         parameters: numbers in the Hope model's.
         memory_bytes: what one sequence can learn, from `fast_weight_bytes`.
         comparison: with the source, where they were compared.
+        checkpoint: the model's identity as it was written (`identity.identify`).
     """
 
     source: str
@@ -51,6 +52,7 @@ class ConversionReport:
     parameters: int = 0
     memory_bytes: dict[str, Any] = field(default_factory=dict)
     comparison: Comparison | None = None
+    checkpoint: dict[str, str] | None = None
 
     def save(self, directory: Path) -> None:
         (directory / REPORT_FILE).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -17,6 +17,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
+from modeling_hope.conversion.identity import identify_directory
+
 from .lm_cuts import count_cuts
 from .lm_documents import Document, delimited, documents_by_task, gold_index, gold_text, ranges, tell_tasks
 from .lm_settings import MemorySettings
@@ -132,6 +134,7 @@ class HopeLM(HFLM):
             "memory": settings.memory,
             "learn": learn,
             "levels": [] if learn == "off" else list(levels),
+            "checkpoint": None if self.peft or self.delta else identify_directory(self.pretrained, self.model.config),
         }
         if settings.streams:
             hope |= {"read": settings.read, "separator": settings.separator, "streams": self.streams}

@@ -11,6 +11,8 @@ from modeling_hope.auto_hope import AUTO_MAP
 from modeling_hope.benchmarks import gpu_speed
 from modeling_hope.cli.convert import periods
 from modeling_hope.cli.main import main
+from modeling_hope.conversion import ConversionReport
+from modeling_hope.conversion.identity import identify
 from modeling_hope.eval.documents import claims, fetch_document, markdown, strings, unlisted
 from modeling_hope.eval.reading import read
 
@@ -79,6 +81,7 @@ def test_convert(checkpoint, tmp_path, capsys):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.bfloat16 and model.config.cms_periods == [8, None]
     assert model.config.auto_map == AUTO_MAP and (tmp_path / "out" / "auto_hope.py").is_file()
+    assert ConversionReport.load(tmp_path / "out").checkpoint == identify(tmp_path / "out")
     assert main(["convert", str(checkpoint / "model"), str(tmp_path / "out")]) == 2
     assert "not empty" in capsys.readouterr().err
     assert main(["export-transformer", str(tmp_path / "out"), str(tmp_path / "back"), "--dtype", "float32"]) == 0

@@ -14,9 +14,11 @@ from transformers import LlamaConfig
 
 from modeling_hope import HopeCache, HopeForCausalLM
 from modeling_hope.cli.main import main
+from modeling_hope.conversion.identity import identify
 from modeling_hope.eval import long_documents
 from modeling_hope.eval.reading import READINGS, Reading, feed, read_as, with_window
 from modeling_hope.eval.studies import context, ladder_documents, levels, test_time_learning
+from modeling_hope.release.result_files import read_result_file
 
 from .conftest import assert_same_memory, chat_tokenizer, random_ids, tiny_config, tiny_model
 from .stock_models import SHARED, stock_model
@@ -105,7 +107,14 @@ def test_models_stand_side_by_side_over_the_same_documents(tmp_path, capsys):
         json.loads((out / "test_time_learning.json").read_text()),
         (out / "test_time_learning.md").read_text(),
     )
+    assert figures["checkpoints"] == {name: identify(tmp_path / name) for name in ("converted", "trained")}
+    read = read_result_file(out / "test_time_learning.json", figures["checkpoints"]["trained"])
     found = figures["readings"]
+    assert {(each.dataset_name, each.metric_value) for each in read.results} == {
+        (document, found[f"trained/{kind}/{document}"]["second_half"])
+        for kind in READINGS
+        for document in ("story", "tale")
+    }
     model = HopeForCausalLM.from_pretrained(tmp_path / "converted")
     ids = chat_tokenizer()((tmp_path / "tale.txt").read_text(), return_tensors="pt").input_ids[0, :64]
     for kind in READINGS:
@@ -126,6 +135,8 @@ def test_models_stand_side_by_side_over_the_same_documents(tmp_path, capsys):
     (tmp_path / "tale.txt").write_text("w9 " * 64 + "w10 " * 10)
     (out / "parts/trained/frozen/tale/result.json").write_text('{"tokens": 63, "seconds": 1}')
     assert main(flags) == 2 and "some readings of 'tale' have more tokens" in capsys.readouterr().err
+    tiny_model(2, **WINDOW, dtype=torch.float32).save_pretrained(tmp_path / "trained")
+    assert main(flags) == 2 and "trained is another checkpoint than the study" in capsys.readouterr().err
 
 
 def test_context_scores_the_same_tokens_after_more_and_more(tmp_path):

@@ -22,9 +22,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from modeling_hope import HopeCache
 from modeling_hope.cli import eval as command
 from modeling_hope.cli.main import main
+from modeling_hope.conversion.identity import identify
 from modeling_hope.eval.lm import HopeLM
 from modeling_hope.eval.lm_documents import ranges
 from modeling_hope.eval.lm_settings import MemorySettings
+from modeling_hope.release.result_files import read_result_file
 
 from .conftest import chat_tokenizer, random_ids, tiny_model
 
@@ -487,8 +489,16 @@ def test_the_command_is_lm_evals_own(checkpoint, capsys):
     assert main(["eval", *stream, "--tasks", "choices", "answers", "--batch_size", "2", *theirs, *out]) == 0
     printed = capsys.readouterr().out
     assert "|choices|" in printed and "|answers|" in printed and "hope ({" in printed
-    results = json.loads(next(checkpoint.glob("out*.json")).read_text())
+    written = next(checkpoint.glob("out*.json"))
+    results = json.loads(written.read_text())
     about = results["config"]["hope"]
+    read = read_result_file(written, identify(checkpoint / "model"))
+    assert {(each.dataset_name, each.metric_type) for each in read.results} >= {
+        ("choices", "acc"),
+        ("answers", "exact_match"),
+    }
+    for said in ("pretrained=.", "memory=stream", "levels=0+1", "--tasks choices,answers", "--batch_size 2"):
+        assert said in read.command
     assert about["separator"] == "\n" and about["levels"] == [0, 1] and about["streams"]["choices"]["order"] == "0-3"
     assert len(list(checkpoint.glob("samples_*"))) == 2
 

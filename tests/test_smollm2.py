@@ -1,13 +1,17 @@
 """A real model: SmolLM2-135M-Instruct, out of a wheel. Slow: `pytest -m slow tests/test_smollm2.py`."""
 
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from modeling_hope.cli.demo import fetch_model
-from modeling_hope.conversion import convert, export_transformer
+from modeling_hope.conversion import Recipe, convert, convert_checkpoint, export_transformer
 from modeling_hope.conversion.source import open_source
 from modeling_hope.eval.documents import fetch_document
+from modeling_hope.release import release, render_again
+from modeling_hope.release.description import Description
 
 
 pytestmark = pytest.mark.slow
@@ -86,3 +90,18 @@ def test_past_the_trained_context(gguf, source, request):
     far, near = losses[14336:].mean().exp(), fresh[4096:].mean().exp()
     print(f"perplexity at 14,336 tokens and beyond: {far:.2f}; of the same text at 4,096 and beyond: {near:.2f}")
     assert far < 1.02 * near
+
+
+def test_the_card_of_the_repository_is_of_the_model_that_is_built_here(gguf, tmp_path, request, monkeypatch):
+    root = request.config.rootpath
+    monkeypatch.chdir(root)
+    card = shutil.copytree(root / "model_cards" / "smollm2-135m-instruct-hope", tmp_path / "card")
+    recipe = Recipe(periods=(256,), window=1024)
+    convert_checkpoint(gguf.relative_to(root), tmp_path / "model", recipe, remote_code=True)
+    shutil.copy(root / "LICENSE", tmp_path / "model")
+    committed = Description.load(card)
+    done = release(tmp_path / "model", card)
+    found = Description.load(card)
+    assert found.checkpoint == committed.checkpoint and found.conversion["source"] == committed.conversion["source"]
+    assert (tmp_path / "model" / "README.md").read_text() == render_again(card)
+    assert done.checksums["model.safetensors"]

@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 from modeling_hope import HopeCache, HopeForCausalLM
 from modeling_hope.cli.main import main
 from modeling_hope.cli.train import add_to, recipe_of
+from modeling_hope.conversion.identity import identify
+from modeling_hope.release.result_files import read_result_file
 from modeling_hope.training.memory_figures import memory_figures
 from modeling_hope.training.recipe import DECIDED, RECIPES, REFUSED, TrainingRecipe, read_recipe
 from modeling_hope.training.rows import Rows, Tokens, collate, targets
@@ -543,6 +545,12 @@ def test_hope_train(tmp_path, monkeypatch, capsys):
     assert '\nseparator: "\\n\\n"\n' in printed and "\n  cms_periods: [32, 64, 128]\n" in printed
     result = json.loads((out / "result.json").read_text())
     assert result["steps"] == 10 and result["tokens_per_second"] > 0 and result["peak_MiB"] > 0
+    read = read_result_file(out / "result.json", identify(out / "model"))
+    assert [each.metric_value for each in read.results] == [
+        result["eval_perplexity/lighthouse"],
+        result["eval_perplexity"],
+    ]
+    assert yaml.safe_load((out / "recipe.yaml").read_text()) == result["recipe"]
     assert losses_of(out)[-1] < losses_of(out)[0]
     assert main(["train", "smoke", "--out", str(out)]) == 2 and "--resume" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -7,6 +7,7 @@ What the run's directory holds afterwards: `recipe.yaml`, `text.sha256`, by whic
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
+
+from modeling_hope.conversion.identity import identify_directory
 
 from .console import Console
 from .data import check_apart, read_data, training_texts
@@ -46,7 +49,8 @@ def train(
     Returns:
         What `result.json` holds: the last evaluation (`eval_loss`, `eval_perplexity`, `eval_perplexity/SOURCE`, with
         `_learning` where levels learned), `parameters`, `tokens`, `steps`, `seconds`, `tokens_per_second`, the median
-        of those logged, and `peak_MiB`.
+        of those logged, and `peak_MiB`; in the first process also `checkpoint`, by which a result is known to be of a model
+        (`conversion.identity`), and the `recipe`.
 
     Raises:
         ValueError: the recipe cannot be run, or its directory holds another run: before the first step. Or the loss is
@@ -104,6 +108,7 @@ def train(
         "peak_MiB": round(peak_memory() / 2**20),
     }
     if main:
+        result |= {"checkpoint": identify_directory(out / MODEL), "recipe": dataclasses.asdict(recipe)}
         write(out / RESULT, json.dumps(result, indent=2) + "\n")
         if metrics:
             tell(perplexity_table(metrics))

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 
+from modeling_hope.conversion.identity import identify_directory
 from modeling_hope.training.options import as_declared, check_options, option
 from modeling_hope.training.run_directory import RESULT, write
 
@@ -172,6 +173,7 @@ class Study:
             "study": self.name,
             "command": shlex.join(command),
             "settings": {name: value for name, value in vars(settings).items() if name not in FREE},
+            "checkpoints": json.loads((out / SETTINGS).read_text(encoding="utf-8")).get("checkpoints", {}),
             "versions": {name: version(name) for name in ("torch", "transformers", "hope-transformers")},
             "machine": f"{torch.get_num_threads()} threads, {platform.machine()}",
             "seconds": round(sum(result["seconds"] for result in found.values())),
@@ -201,10 +203,18 @@ def _check_device(name: str) -> None:
 def _hold(out: Path, settings: StudySettings) -> None:
     """The directory is of these settings: from its first part's first file on, of no others."""
     told = {name: value for name, value in vars(settings).items() if name not in FREE}
+    models = getattr(settings, "models", {})
+    checkpoints = {name: found for name, place in models.items() if (found := identify_directory(place))}
     saved = out / SETTINGS
     begun = any(path.is_file() and path.stat().st_size for path in (out / PARTS).rglob("*"))
     if begun and saved.is_file():
         known = json.loads(saved.read_text(encoding="utf-8"))
+        was = known.get("checkpoints", checkpoints)  # of studies that were begun before it was kept
+        if other := [name for name in checkpoints if was.get(name) != checkpoints[name]]:
+            raise ValueError(
+                f"`models`: {other[0]} is another checkpoint than the study in {out} was begun with. Put the one of then in "
+                "its place, or give another --out."
+            )
         if differing := [name for name in told if known.get(name) != json.loads(json.dumps(told[name]))]:
             name = differing[0]
             raise ValueError(
@@ -214,7 +224,7 @@ def _hold(out: Path, settings: StudySettings) -> None:
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write(saved, json.dumps(told) + "\n")
+        write(saved, json.dumps({**told, "checkpoints": checkpoints}) + "\n")
     except OSError as error:
         raise ValueError(f"`out`: nothing can be written to {out}: {error.strerror}. Give another.") from None
 
