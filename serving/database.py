@@ -159,4 +159,4 @@ class Database:
             if isinstance(error, (sqlite3.IntegrityError, sqlite3.ProgrammingError)):  # of the code, not of the disk
                 raise
             number = errno.ENOSPC if "full" in str(error) else errno.EIO
-            raise StorageFailed(number, f"{self.path}: {error}; what was kept before is kept still") from error
+            raise StorageFailed(number, f"{FILE}: {error}; what was kept before is kept still") from error

@@ -249,7 +249,7 @@ class Index:
                 run("UPDATE sessions SET holder = NULL, turn = NULL WHERE number = ?", (number,))
         return [(owner, id) for _, owner, id in lost]
 
-    def whole(self) -> Sequence[tuple[str, str, str]]:
+    def all(self) -> Sequence[tuple[str, str, str]]:
         """Owner, id and place of every session."""
         return [(owner, id, place) for owner, id, place in self.database.query("SELECT owner, id, place FROM sessions")]
 

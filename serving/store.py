@@ -12,29 +12,27 @@ session is as it was, after it the turn is kept, whenever the process dies. Fork
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
-import re
 import secrets
 import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from modeling_hope.cache_hope import HopeCache, check_memory
-from modeling_hope.memory_files import DESCRIPTION_FILE
 
 from .database import Database
 from .holders import Holder, is_alive
 from .ids import check_id, make_id
 from .index import EMPTY, Entry, Index, Session, TurnRecord, Usage
+from .places import Places, storage_failed
 from .quotas import NO_LIMITS, Limits
+from .recovery import recover
 from .refusals import QuotaExceeded, SessionBusy, SessionDamaged, SessionExists, SessionNotFound, StorageFailed
 from .session_file import pack, unpack
 from .warm import WarmMemories
@@ -42,44 +40,12 @@ from .warm import WarmMemories
 
 Found = TypeVar("Found")
 
-# What a process has made: its name, and a random part.
-MADE = re.compile(r"([0-9a-f]{16})-[0-9a-f]{16}(\.safetensors)?")
 NOTES_BYTES = 16 * 1024  # of a session's notes, or of a turn's record
 ATTEMPTS = 16  # at reading, while a session goes on
 POLL_SECONDS = 0.1  # while another process's turn holds the session; the end of this one's own is told
 COPY_BYTES = 2**20
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """
-    What a store found when it was opened. `str()` says it in a line, without names.
-
-    Attributes:
-        sessions, bytes: kept.
-        interrupted: owner and id of sessions whose process died in a turn; they are as they were before it.
-        removed: memories and files that a killed process left, half-written or replaced; `removed_bytes` on disk.
-        missing: owner and id of sessions whose files are gone.
-    """
-
-    sessions: int
-    bytes: int
-    interrupted: list[tuple[str, str]]
-    removed: int
-    removed_bytes: int
-    missing: list[tuple[str, str]]
-
-    def __str__(self) -> str:
-        told = [f"{self.sessions:,} sessions, {_mib(self.bytes)}"]
-        if self.interrupted:
-            told.append(f"{len(self.interrupted):,} with a turn that was cut off and is lost, all before it kept")
-        if self.removed:
-            told.append(f"{self.removed:,} leftovers of a killed process removed, {_mib(self.removed_bytes)}")
-        if self.missing:
-            told.append(f"{len(self.missing):,} WITHOUT THEIR FILES: restore these, or reset or delete the sessions")
-        return "; ".join(told)
 
 
 class Turn:
@@ -172,10 +138,8 @@ class SessionStore:
             raise ValueError(f"`wait` must be 0 seconds or more, or None, got {wait}.")
         self.directory, self.model, self.wait = Path(directory), model, wait
         self._limits = limits or (lambda owner: NO_LIMITS)
-        self._memories, self._staging, self._holders = (
-            self.directory / name for name in ("memories", "staging", "holders")
-        )
-        for path in (self.directory, self._memories, self._staging, self._holders):
+        self._holders = self.directory / "holders"
+        for path in (self.directory, self._holders):
             path.mkdir(parents=True, mode=0o700, exist_ok=True)
         self._database = Database(self.directory, network)
         self._holder: Holder | None = None
@@ -184,13 +148,13 @@ class SessionStore:
         try:
             with self._database.transaction():
                 self._holder = Holder(self._holders)
-                self._check_model()
+                self._places = Places(self.directory, model, self._holder.name)
             self._index = Index(self._database, self._holder.name, self._may_run)
             self._warm = WarmMemories(warm_bytes)
+            # Warm memories are in RAM, and on a device while they are used; over several they stay where they are.
             devices = {parameter.device for parameter in model.parameters()}
-            # Warm memories are in RAM, and on a device only while they are used; over several they stay where they are.
-            self._device = next(iter(devices)) if len(devices) == 1 else None
-            self.recovery = self._recover()
+            self._device = next(iter(devices)) if len(devices) == 1 and next(iter(devices)).type != "cpu" else None
+            self.recovery = recover(self._index, self._places, self._holders)
         except BaseException:
             self.close()
             raise
@@ -279,7 +243,7 @@ class SessionStore:
         try:
             self._remove(place)
         except OSError as error:
-            raise StorageFailed(error.errno, f"The session is gone, and its files are not yet: {error}") from error
+            raise storage_failed(error, "The session is gone, and its files are not yet") from error
 
     def export(self, owner: str, id: str) -> BinaryIO:
         """
@@ -288,14 +252,16 @@ class SessionStore:
         Raises:
             SessionDamaged, StorageFailed
         """
-        entry = self._index.find(owner, _checked(owner, id))
-        file = self._staging / f"{self._new_name()}.safetensors"
+        entry, file = (
+            self._index.find(owner, _checked(owner, id)),
+            self._places.staging / f"{self._places.new()}.safetensors",
+        )
+        notes = entry.session.notes
         try:
-            notes = entry.session.notes
-            self._read(entry, lambda place: pack(self._memories / place, file, notes))
+            self._read(entry, lambda place: pack(self._places.memories / place, file, notes))
             return open(file, "rb")
         except OSError as error:
-            raise _failed(error, "The session could not be written to a file") from error
+            raise storage_failed(error, "The session could not be written to a file") from error
         finally:
             file.unlink(missing_ok=True)
 
@@ -313,8 +279,9 @@ class SessionStore:
         """
         id, limits = _checked(owner, make_id() if id is None else id), self._limits(owner)
         most = None if limits.bytes is None else max(limits.bytes - self.usage(owner).bytes, 0)
-        name, place = self._new_name(), self._new_name()
-        staged, opened = self._staging / f"{name}.safetensors", self._staging / name
+        place = self._places.new()
+        opened = self._places.staging / place
+        staged = opened.with_suffix(".safetensors")
         try:
             _copy(file, staged, most)
             notes = _json(unpack(staged, opened), "notes")
@@ -323,15 +290,12 @@ class SessionStore:
             except ValueError as error:
                 raise ValueError(f"The session cannot be used: {error.__cause__ or error}.") from error
             memory.columns = memory.rows[0].seen  # one row without padding, whatever the file says
-            size = self._save(place, memory)
-            summary = _summary(memory)
-            self._index.insert(
-                owner, id, place, limits, tokens=memory.seen[0], size=size, notes=notes, memory=json.dumps(summary)
-            )
+            size, summary = self._places.save(place, memory), json.dumps(_summary(memory))
+            self._index.insert(owner, id, place, limits, tokens=memory.seen[0], size=size, notes=notes, memory=summary)
         except BaseException as error:
-            self._take_back(place, error)
+            self._places.take_back(place, error)
             if isinstance(error, OSError) and not isinstance(error, StorageFailed):
-                raise _failed(error, "The session was not taken in") from error
+                raise storage_failed(error, "The session was not taken in") from error
             raise
         finally:
             shutil.rmtree(opened, ignore_errors=True)
@@ -429,44 +393,40 @@ class SessionStore:
         self._warm.measure(entry.place)
         try:
             self._index.release(entry, name)
-        except (
-            StorageFailed
-        ) as error:  # that it does not run any more is known here, and to others when this process ends
+        except StorageFailed as error:  # this process knows that it has ended, and the others when this process has
             log.warning("a session was let go of without a note in the index: %s", error)
         self._let_go(name)
 
     def _commit(self, entry: Entry, name: str, memory: HopeCache, record: str) -> Session:
         check_memory(memory, self.model.config, 1)
-        place = self._new_name()
+        place = self._places.new()
         try:
-            size, summary = self._save(place, memory), _summary(memory)
+            size, summary = self._places.save(place, memory), _summary(memory)
             self._warm.put(place, self._at_rest(memory))
             session, gone = self._index.commit(
                 entry, name, place, tokens=memory.seen[0], size=size, memory=summary, record=record
             )
         except BaseException as error:
-            self._take_back(place, error)
+            self._warm.drop(place)
+            self._places.take_back(place, error)
             raise
         self._let_go(name)
         if gone:
             try:
                 self._remove(entry.place)
             except OSError as error:
-                log.warning("a memory that was replaced is still on disk, until the next start: %s", error)
+                log.warning("a memory that was replaced is on disk until the next start: %s", error)
         return session
 
     def _may_run(self, holder: str, turn: str) -> bool:
         own = self._holder is not None and holder == self._holder.name
         return turn in self._turns if own else is_alive(self._holders, holder)
 
-    # Memories and their files
-
     def _memory(self, place: str) -> HopeCache:
         """A fork of a place's memory, on the model's device; `ValueError` where its files cannot be read."""
         held = self._warm.get(place)
         if held is None:
-            loaded = HopeCache.from_pretrained(self._memories / place, model=self.model)
-            held = self._warm.put(place, self._at_rest(loaded))
+            held = self._warm.put(place, self._at_rest(self._places.load(place)))
             if place != EMPTY and not self._index.has(place):  # deleted in between
                 self._warm.drop(place)
         fork = held.clone()
@@ -493,72 +453,11 @@ class SessionStore:
             f"The memory of session {entry.session.id!r} cannot be read: restore its files, or reset or delete it."
         ) from failed
 
-    def _new_name(self) -> str:
-        assert self._holder is not None
-        return f"{self._holder.name}-{secrets.token_hex(8)}"
-
-    def _save(self, place: str, memory: HopeCache) -> int:
-        """Write a memory to a new place, durably; the bytes of its files."""
-        try:
-            saved = memory.save_pretrained(self._memories / place, model=self.model)
-            _sync(self._memories)
-        except OSError as error:
-            raise StorageFailed(error.errno, f"The session stays as it was: {error.strerror or error}") from error
-        return saved.bytes
-
-    def _take_back(self, place: str, error: BaseException) -> None:
-        """Remove a memory that is no session's; where the index cannot tell, the next start does."""
-        self._warm.drop(place)
-        if not (isinstance(error, StorageFailed) and error.errno == errno.EIO):
-            shutil.rmtree(self._memories / place, ignore_errors=True)
-
     def _remove(self, place: str) -> None:
         """Remove a memory that is in the trash."""
         self._warm.drop(place)
-        with suppress(FileNotFoundError):
-            shutil.rmtree(self._memories / place)
+        self._places.remove(place)
         self._index.removed(place)
-
-    # Opening
-
-    def _check_model(self) -> None:
-        """The memory that sessions begin with tells whose they are: made at first, by one process, and checked then."""
-        empty = self._memories / EMPTY
-        if not (empty / DESCRIPTION_FILE).exists():
-            HopeCache(self.model.config).save_pretrained(empty, model=self.model)
-            _sync(self._memories)
-            return
-        try:
-            HopeCache.from_pretrained(empty, model=self.model)
-        except ValueError as error:
-            raise ValueError(
-                f"The sessions in {self.directory} cannot be used with this model: {error.__cause__ or error}. Give the "
-                "model that they were made with, or another directory."
-            ) from error
-
-    def _recover(self) -> Recovery:
-        interrupted = self._index.free_the_dead()
-        # Listed before the index is asked: what a dead process made and no session has then, none will ever have.
-        made = [*self._memories.iterdir(), *self._staging.iterdir()]
-        trash, sessions = self._index.trash(), self._index.whole()
-        used = {place for _, _, place in sessions}
-        removed = size = 0
-        for path in made:
-            maker = MADE.fullmatch(path.name)
-            if path.name in trash or (maker and path.name not in used and not is_alive(self._holders, maker[1])):
-                found = _bytes(path)
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-                removed, size = removed + 1, size + found
-        for place in trash:
-            self._index.removed(place)
-        with self._database.transaction(durable=False):  # no process is between making its lock and taking it
-            for lock in self._holders.iterdir():
-                if not is_alive(self._holders, lock.name):
-                    lock.unlink(missing_ok=True)
-        there = {place for place in used if (self._memories / place / DESCRIPTION_FILE).exists()}
-        missing = [(owner, id) for owner, id, place in sessions if place not in there]
-        total = self._index.usage()
-        return Recovery(total.sessions, total.bytes, list(interrupted), removed, size, missing)
 
 
 def _checked(owner: str, id: str) -> str:
@@ -594,25 +493,3 @@ def _copy(source: BinaryIO, target: Path, most: int | None) -> None:
                     "bytes", f"The file has more bytes than the {most:,} that are left: delete or reset some sessions."
                 )
             opened.write(piece)
-
-
-def _sync(directory: Path) -> None:
-    """Make the names in a directory last through a power failure."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _bytes(path: Path) -> int:
-    files = [path, *path.rglob("*")] if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def _failed(error: OSError, told: str) -> StorageFailed:
-    return StorageFailed(error.errno, f"{told}: {error.strerror or error}")
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"

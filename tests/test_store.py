@@ -76,7 +76,7 @@ def files(path):
 
 def is_clean(path, sessions):
     """No file that no session has."""
-    assert places(path) == {place for _, _, place in sessions._index.whole()} - {index.EMPTY}
+    assert places(path) == {place for _, _, place in sessions._index.all()} - {index.EMPTY}
     assert not any((path / "staging").iterdir()) and not sessions._index.trash()
     for place in places(path):
         assert len(list((path / "memories" / place).iterdir())) == 2
@@ -232,6 +232,8 @@ def test_warm_memories_keep_to_their_budget_and_forks_share(tmp_path, model):
         say(sessions, "ann", "1", tokens=1)  # ends no segment: what was learned is shared still
         after = memory_of(sessions, "ann", "1").tensors()
         shared = [name for name in before if "change" in name and before[name] is after[name]]
+        memories = [sessions._warm.get(sessions._index.find("ann", name).place) for name in ("0", "1")]
+        assert memories[0].layers[0].levels[1][0] is memories[1].layers[0].levels[1][0]  # and so are sums made with it
         assert shared and sessions.stats()["warm_bytes"] < 2 * one and len(places(tmp_path)) == 2
         for name in range(2, 6):
             say(sessions, "ann", str(name), seed=name)
@@ -499,7 +501,7 @@ def test_damaged_files_are_told_and_cost_no_other_session(tmp_path, model):
     (tensors,) = (tmp_path / "memories" / cut).glob("*.safetensors")
     os.truncate(tensors, 100)
     with opened(tmp_path, model) as sessions:
-        assert sessions.recovery.missing == [("ann", "a")] and "1 WITHOUT THEIR FILES" in str(sessions.recovery)
+        assert sessions.recovery.missing == [("ann", "a")] and "1 session WITHOUT FILES" in str(sessions.recovery)
         for name in ("a", "b"):
             for attempt in (sessions.turn, sessions.export):
                 with pytest.raises(SessionDamaged, match=f"{name!r} cannot be read") as refused:
