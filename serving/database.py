@@ -59,6 +59,7 @@ class Database:
         directory: of the store.
         network: the directory is on storage that several machines share. The write-ahead log needs memory that its
             readers share, so a rollback journal takes its place; the storage has to have locks that hold across machines.
+            All processes of a directory have to say the same.
 
     Raises:
         ValueError: the file is no index, is damaged, or has another version's schema.

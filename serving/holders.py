@@ -19,7 +19,7 @@ class Holder:
     This process to the others: alive as long as it holds the lock on a file that has its name.
 
     Made and cleaned up inside of transactions of the index, so that none is swept away between its making and its
-    locking.
+    locking. A child that is forked, and runs no other program, keeps its parent's lock.
 
     Attributes:
         name: 16 hex digits, never used before.

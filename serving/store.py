@@ -279,8 +279,7 @@ class SessionStore:
         """
         id, limits = _checked(owner, make_id() if id is None else id), self._limits(owner)
         most = None if limits.bytes is None else max(limits.bytes - self.usage(owner).bytes, 0)
-        place = self._places.new()
-        opened = self._places.staging / place
+        place, opened = self._places.new(), self._places.staging / self._places.new()
         staged = opened.with_suffix(".safetensors")
         try:
             _copy(file, staged, most)

@@ -207,6 +207,12 @@ def test_one_turn_at_a_time(tmp_path, model):
         assert sessions.get("ann", "main").turns == 13
         assert_same_memory(memory_of(others, "ann", "main"), alone(model, 13), rtol=0, atol=0)
         assert is_clean(tmp_path, sessions)
+        # One that starts leaves alone what another is writing.
+        commit = sessions._index.commit
+        sessions._index.commit = lambda *args, **kwargs: (opened(tmp_path, model).close(), commit(*args, **kwargs))[1]
+        say(sessions, "ann", "main")
+        sessions._index.commit = commit
+        assert_same_memory(memory_of(others, "ann", "main"), alone(model, 14), rtol=0, atol=0)
         # One that was thought dead overwrites nothing.
         lost = sessions.turn("ann", "main")
         sessions._turns.clear()
@@ -214,7 +220,7 @@ def test_one_turn_at_a_time(tmp_path, model):
         with pytest.raises(TurnLost):
             lost.commit(lost.memory)
         lost.close()
-        assert sessions.get("ann", "main").turns == 14 and is_clean(tmp_path, sessions)
+        assert sessions.get("ann", "main").turns == 15 and is_clean(tmp_path, sessions)
     with pytest.raises(ValueError, match="wait"):
         opened(tmp_path, model, wait=-1)
 
@@ -262,9 +268,8 @@ def test_warm_memories_keep_to_their_budget_and_forks_share(tmp_path, model):
 def test_what_is_deleted_is_gone_and_its_forks_stay(tmp_path, model):
     secret = "Q7-secret-words"
     with opened(tmp_path, model) as sessions:
-        sessions.create("ann", secret, {"title": secret})
-        say(sessions, "ann", secret)
-        fork = sessions.fork("ann", secret, "fork")
+        say(sessions, "ann", secret, create=True)
+        sessions.fork("ann", secret, "fork")
         with sessions.turn("ann", secret) as turn:
             turn.memory.notes["said"] = secret
             turn.commit(turn.memory, {"about": secret})
@@ -278,13 +283,8 @@ def test_what_is_deleted_is_gone_and_its_forks_stay(tmp_path, model):
         assert not (tmp_path / "memories" / place).exists() and sessions._warm.get(place) is None
         with pytest.raises(SessionNotFound):
             sessions.get("ann", secret)
-        assert sessions.create("ann", secret).turns == 0 == len(sessions.history("ann", secret))
+        assert sessions.create("ann", secret, {"title": secret}).turns == 0 == len(sessions.history("ann", secret))
         sessions.delete("ann", secret)
-        with closing(sqlite3.connect(tmp_path / database.FILE)) as connection:
-            connection.execute("UPDATE sessions SET notes = '{}'")  # of the fork, which has them as its own
-            connection.commit()
-        sessions._database.forget_log()
-        assert fork.notes == {"title": secret}
         for file in files(tmp_path):
             assert secret.encode() not in file.read_bytes(), file
         assert_same_memory(memory_of(sessions, "ann", "fork"), alone(model, 1), rtol=0, atol=0)
@@ -314,6 +314,12 @@ def test_a_session_that_is_deleted_while_it_is_read(tmp_path, model, monkeypatch
         )
         sessions.export("ann", "main").close()  # the turn after it is as good
         assert not sessions._turns and is_clean(tmp_path, sessions)
+    with opened(tmp_path, model) as sessions:
+        load = sessions._places.load
+        monkeypatch.setattr(sessions._places, "load", lambda place: (load(place), sessions.delete("ann", "main"))[0])
+        with sessions.turn("ann", "main") as turn, pytest.raises(TurnLost):
+            turn.commit(turn.memory)
+        assert sessions.stats()["warm_bytes"] == 0 and is_clean(tmp_path, sessions)
 
 
 # Files that come and go
