@@ -157,6 +157,8 @@ class Database:
         try:
             yield
         except sqlite3.DatabaseError as error:
+            if "closed database" in str(error):
+                raise StorageFailed(errno.EBADF, "the store is closed") from error
             if isinstance(error, (sqlite3.IntegrityError, sqlite3.ProgrammingError)):  # of the code, not of the disk
                 raise
             number = errno.ENOSPC if "full" in str(error) else errno.EIO

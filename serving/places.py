@@ -86,11 +86,6 @@ class Places:
         with suppress(FileNotFoundError):
             shutil.rmtree(self.memories / place)
 
-    def take_back(self, place: str, error: BaseException) -> None:
-        """Remove a memory that an error has kept from being a session's; where the index cannot tell, the next start does."""
-        if not (isinstance(error, StorageFailed) and error.errno == errno.EIO):
-            shutil.rmtree(self.memories / place, ignore_errors=True)
-
     def made(self) -> Sequence[tuple[Path, str | None]]:
         """All that there is, and the process that made it, as far as that is told."""
         found = [path for directory in (self.memories, self.staging) for path in directory.iterdir()]

@@ -12,6 +12,7 @@ session is as it was, after it the turn is kept, whenever the process dies. Fork
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -292,7 +293,7 @@ class SessionStore:
             size, summary = self._places.save(place, memory), json.dumps(_summary(memory))
             self._index.insert(owner, id, place, limits, tokens=memory.seen[0], size=size, notes=notes, memory=summary)
         except BaseException as error:
-            self._places.take_back(place, error)
+            self._take_back(place, error)
             if isinstance(error, OSError) and not isinstance(error, StorageFailed):
                 raise storage_failed(error, "The session was not taken in") from error
             raise
@@ -406,8 +407,7 @@ class SessionStore:
                 entry, name, place, tokens=memory.seen[0], size=size, memory=summary, record=record
             )
         except BaseException as error:
-            self._warm.drop(place)
-            self._places.take_back(place, error)
+            self._take_back(place, error)
             raise
         self._let_go(name)
         if gone:
@@ -451,6 +451,14 @@ class SessionStore:
         raise SessionDamaged(
             f"The memory of session {entry.session.id!r} cannot be read: restore its files, or reset or delete it."
         ) from failed
+
+    def _take_back(self, place: str, error: BaseException) -> None:
+        """Remove a memory that an error has kept from being a session's; where the index cannot tell, the next start does."""
+        uncertain = isinstance(error, StorageFailed) and error.errno == errno.EIO
+        self._warm.drop(place)
+        with suppress(OSError):
+            if not uncertain and not self._index.has(place):  # an interrupt may have come just after it was
+                self._places.remove(place)
 
     def _remove(self, place: str) -> None:
         """Remove a memory that is in the trash."""

@@ -151,6 +151,35 @@ def test_nothing_of_a_turn_is_kept_without_its_commit(tmp_path, model):
         assert memory_of(sessions, "ann", "main").notes == {} and is_clean(tmp_path, sessions)
 
 
+def test_an_interrupt_and_a_store_that_is_closed(tmp_path, model):
+    with opened(tmp_path, model) as sessions:
+        commit = sessions._index.commit
+
+        def interrupted(*args, **kwargs):
+            commit(*args, **kwargs)
+            raise KeyboardInterrupt
+
+        sessions._index.commit = interrupted
+        with pytest.raises(KeyboardInterrupt):  # just after it was kept
+            say(sessions, "ann", "main", create=True)
+        sessions._index.commit = commit
+        assert say(sessions, "ann", "main").turns == 2
+        assert_same_memory(memory_of(sessions, "ann", "main"), alone(model, 2), rtol=0, atol=0)
+        with sessions.turn("ann", "main") as turn:
+            sessions.close()
+            with pytest.raises(StorageFailed, match="store is closed"):
+                turn.commit(turn.memory)
+        with pytest.raises(StorageFailed, match="store is closed"):
+            sessions.get("ann", "main")
+    with opened(tmp_path, model) as sessions:
+        assert str(sessions.recovery).endswith(
+            "1 turn cut off and lost, all before kept; 1 leftover of killed processes removed, 0.0 MiB"
+        )
+        assert sessions.recovery.interrupted == [("ann", "main")]
+        assert_same_memory(memory_of(sessions, "ann", "main"), alone(model, 2), rtol=0, atol=0)
+        assert is_clean(tmp_path, sessions)
+
+
 def test_another_owners_session_does_not_exist(tmp_path, model):
     with opened(tmp_path, model) as sessions:
         say(sessions, "ann", "main", create=True)
