@@ -718,9 +718,9 @@ def steps_of_script(tmp_path, model):
 @forks
 def test_a_process_killed_at_any_line_loses_at_most_its_turn(tmp_path, model, unsynced):
     steps = steps_of_script(tmp_path, model)
-    chosen = steps[:: len(steps) // 20]
+    chosen = steps[:: len(steps) // 15]
     interrupted, removed = kill_everywhere(tmp_path, model, chosen)
-    assert len(steps) > 500 and interrupted > 3 and removed > 3
+    assert len(steps) > 500 and interrupted > 2 and removed > 2
     kill_everywhere(tmp_path / "network", model, chosen[::8], network=True)
 
 
@@ -735,7 +735,7 @@ def test_a_process_killed_at_every_line_loses_at_most_its_turn(tmp_path, model, 
 def test_processes_that_share_a_directory_and_are_killed_at_any_time(tmp_path, model, unsynced, network):
     """Two at a time go on with the same session; whichever is killed, the others take it up."""
     chosen, told = random.Random(2), 0
-    for _ in range(6):
+    for _ in range(4):
         parent, child = os.pipe()
         workers = []
         for _ in range(2):
@@ -766,4 +766,4 @@ def test_processes_that_share_a_directory_and_are_killed_at_any_time(tmp_path, m
             session = sessions.get("ann", "main")
             assert is_clean(tmp_path, sessions) and told <= session.turns <= told + 2  # one each
             assert_same_memory(memory_of(sessions, "ann", "main"), alone(model, session.turns), rtol=0, atol=0)
-    assert told > 15
+    assert told > 10
