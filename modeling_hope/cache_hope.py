@@ -292,11 +292,14 @@ class HopeCache(Cache):
 
     def nbytes(self) -> int:
         """Bytes that the memory takes, sums of slow weights and changes included; what rows share counts once."""
+        return sum(self.storages().values())
+
+    def storages(self) -> dict[tuple[torch.device, int], int]:
+        """The bytes of each storage that it takes, by device and address: what two memories share is in both."""
         held = list(self.tensors().values())
         memories = [memory for layer in self.layers for rows in layer.levels.values() for memory in rows]
         held += [tensor for memory in memories for tensor in memory.merged_weights()]
-        storages = {(t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in held}
-        return sum(storages.values())
+        return {(t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in held}
 
     def summary(self) -> dict[str, Any]:
         """

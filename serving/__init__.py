@@ -1,0 +1,1 @@
+"""Serve a Hope model: sessions, each with a memory of its own."""
