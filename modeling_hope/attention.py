@@ -99,6 +99,10 @@ class HopeAttention(LlamaAttention):
         """Slots that a row which has read `seen` tokens fills in the growing tensors."""
         return self.layout.count(seen)
 
+    def most_slots(self, seen: int) -> int:
+        """The most that such a row has filled up to then."""
+        return self.layout.most(seen)
+
 
 def key_layout(config: HopeConfig, layer_idx: int) -> KeyLayout:
     """The layout of the keys of a layer."""

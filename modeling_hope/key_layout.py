@@ -48,6 +48,12 @@ class KeyLayout:
         first = self.first(seen)
         return seen - first + (self.sinks if first else 0)
 
+    def most(self, seen: int) -> int:
+        """The most keys kept of a row until it has read `seen` tokens."""
+        if self.window is None:
+            return seen
+        return min(seen, self.window + self.sinks + (self.segment or 1) - 1)
+
     def slots(self, begin: int, end: int) -> torch.Tensor:
         """Positions in order of their slots, `[slots]` int64 on the CPU: those kept at `begin`, and the new up to `end`."""
         first = self.first(begin)

@@ -286,6 +286,10 @@ class SelfModifyingMemory(nn.Module):
         """Slots that a row which has read `seen` tokens fills in the growing tensors."""
         return seen % self.chunk_size
 
+    def most_slots(self, seen: int) -> int:
+        """The most that such a row has filled up to then."""
+        return min(seen, self.chunk_size - 1)
+
     def _for_writing(self) -> list[nn.Parameter]:
         """Parameters on which what is read may not depend, before a chunk has been written."""
         found = [] if self.memories.momentum is None else [self.memories.momentum]
