@@ -1,0 +1,1 @@
+"""Serving: a memory for every conversation, behind one model."""
