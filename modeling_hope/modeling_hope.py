@@ -21,6 +21,7 @@ from .fast_weights import LevelWeights
 from .generation_hope import HopeGenerationMixin
 from .inputs import Inputs
 from .key_layout import KeyLayout, Span
+from .learning import Stretch
 from .mixer_state import MixerState
 from .norm import add, make_norm, norms_around
 from .packing import Packing
@@ -512,6 +513,10 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
             reading = [row for row, stretch in enumerate(stretches) if not stretch.learn]
             if learning:
                 runs.append(stream.learn(learning, stretches, self.head, keep_logits, hidden_states))
+                if len(learning) <= len(reading):
+                    # To let a row read nothing costs less than to take the states of all others out and put them back.
+                    reading = list(range(stream.batch))
+                    stretches = [Stretch(0) if stretch.learn else stretch for stretch in stretches]
             if any(stretches[row].length for row in reading) or not learning:
                 runs.append(stream.read(reading, stretches, hidden_states, attentions))
             stream.act()

@@ -47,7 +47,9 @@ class RowStack:
 
     def linear(self, name: str, module: nn.Module, x: torch.Tensor, rows: list[int] | None) -> torch.Tensor:
         """The map of some rows, `None` for all: `[rows, width, in_features]` to `[rows, width, out_features]`."""
-        weight = self.tensors[name]
+        weight = self.tensors.get(name)
+        if weight is None:  # a map that does not learn
+            return module(x)
         if rows is None:
             y = torch.bmm(weight, x.mT).mT
         else:
@@ -73,9 +75,7 @@ Place = tuple[int, int]  # a layer and a level
 RowStacks = dict[Place, RowStack]
 
 
-def stack_of(
-    stacks: RowStacks, place: Place, memories: Sequence[LevelMemory], rows: Sequence[int]
-) -> RowStack | None:
+def stack_of(stacks: RowStacks, place: Place, memories: Sequence[LevelMemory], rows: Sequence[int]) -> RowStack | None:
     """
     The stack of a memory's rows, of which some are about to read; `None` where a product for each costs less.
 

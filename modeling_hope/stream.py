@@ -129,8 +129,7 @@ class Stream:
     def learns(self) -> bool:
         """Whether something is learned or applied before the end of the call."""
         stretches = [
-            next_stretch(record, coming, self.pace)
-            for record, coming in zip(self.cache.rows, self.coming, strict=True)
+            next_stretch(record, coming, self.pace) for record, coming in zip(self.cache.rows, self.coming, strict=True)
         ]
         return stretches != [Stretch(length) for length in self.lengths]
 

@@ -22,11 +22,11 @@ from .row import Row
 logger = logging.getLogger(__name__)
 
 
-class Busy(RuntimeError):
+class Busy(RuntimeError):  # noqa: N818
     """As many orders wait as may."""
 
 
-class Closed(RuntimeError):
+class Closed(RuntimeError):  # noqa: N818
     """The engine takes no more orders."""
 
 
@@ -195,27 +195,25 @@ class Engine:
         if not self._reading:
             return
         width = min(len(self._reading[0].left), self.piece)
-        rows = [self._reading.popleft() for _ in range(min(len(self._reading), self.piece // width))]
-        parts = [row.left[:width] for row in rows]
-        memory = join_rows([row.memory for row in rows if row.memory is not None], self.model)
-        for row in rows:
+        taken = [self._reading.popleft() for _ in range(min(len(self._reading), self.piece // width))]
+        whole = join_rows([row.memory for row in taken if row.memory is not None], self.model)
+        for row in taken:
             row.memory = None
-        for rows, memory, parts, logits in self._forward(rows, memory, parts):
-            for row, part in zip(rows, parts, strict=True):
+        for rows, memory, parts, logits in self._forward(taken, whole, [row.left[:width] for row in taken]):
+            for index, (row, part) in enumerate(zip(rows, parts, strict=True)):
                 row.left = row.left[len(part) :]
                 self._counts["tokens_read"] += len(part)
-            for index, row in enumerate(rows):
                 if row.left:
                     row.memory = take_row(memory, index, self.model)
                     self._reading.append(row)
             ready = [index for index, row in enumerate(rows) if not row.left]
-            rows = [rows[index] for index in ready]
-            if rows:
-                memory.select(ready)
-                rows, memory = self._say(rows, memory, logits[ready])
-            if rows:
+            if not ready:
+                continue
+            memory.select(ready)
+            going_on, memory = self._say([rows[index] for index in ready], memory, logits[ready])
+            if going_on:
                 self._memory = memory if self._memory is None else join_rows([self._memory, memory], self.model)
-                self._decoding += rows
+                self._decoding += going_on
 
     def _decode(self) -> None:
         """One step of the rows that decode: read what each said last, and say the next token."""
