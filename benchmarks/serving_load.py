@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=40, metavar="TOKENS", help="length of a turn's message")
     parser.add_argument("--answer", type=int, default=40, metavar="TOKENS", help="length of a turn's answer")
     parser.add_argument("--mixer", choices=MIXERS, default="hybrid")
-    parser.add_argument("--hidden-size", type=int, default=128, metavar="N")
+    parser.add_argument("--hidden-size", type=int, default=64, metavar="N")
     parser.add_argument("--period", type=int, default=32, metavar="TOKENS", help="of the level that learns fastest")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float64")
     parser.add_argument("--learn", choices=("all", "prompt", "off"), default="prompt")

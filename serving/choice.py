@@ -120,13 +120,14 @@ def _of_group(rows: list[Choice], logits: torch.Tensor) -> list[int | Exception]
         shares = scores.softmax(-1)
     except Exception as error:
         return [error] * len(rows)
-    tokens: list[int | Exception] = []
-    for index, row in enumerate(rows):
-        try:
-            tokens.append(int(torch.multinomial(shares[index : index + 1], 1, generator=row.generator)))
-        except Exception as error:  # probabilities that are none
-            tokens.append(error)
-    return tokens
+    fit = shares.isfinite().all(-1).tolist()
+    drawn = [
+        torch.multinomial(share, 1, generator=row.generator)
+        for row, share, fits in zip(rows, shares.split(1), fit, strict=True)
+        if fits
+    ]
+    tokens = iter(torch.cat(drawn).flatten().tolist() if drawn else [])
+    return [next(tokens) if fits else ValueError("The probabilities of the next token are not finite.") for fits in fit]
 
 
 def _prepared(

@@ -11,12 +11,11 @@ import torch
 
 from modeling_hope import HopeCache, HopeForCausalLM
 from modeling_hope.memory_rows import RowSize, join_rows, take_row
-from modeling_hope.turn import right_aligned
 
 from .choice import choose
 from .job import Job
 from .orders import Order
-from .row import Row
+from .row import Part, Row
 
 
 logger = logging.getLogger(__name__)
@@ -188,14 +187,15 @@ class Engine:
             row.cancel()
 
     def _read_piece(self) -> None:
-        """
-        Read a piece of the prompt whose turn it is, and with it as much of others as fits: all that the piece has to
-        be padded to is read by somebody, where there is somebody.
-        """
+        """Read a piece of the prompt whose turn it is, and with it as many others as fit, all padded to the longest."""
         if not self._reading:
             return
-        width = min(len(self._reading[0].left), self.piece)
-        taken = [self._reading.popleft() for _ in range(min(len(self._reading), self.piece // width))]
+        taken, width = [], 0
+        for row in self._reading:
+            wider = max(width, min(len(row.left), self.piece))
+            if not taken or wider * (len(taken) + 1) <= self.piece:
+                taken, width = [*taken, row], wider
+        self._reading = deque(row for row in self._reading if row not in taken)
         whole = join_rows([row.memory for row in taken if row.memory is not None], self.model)
         for row in taken:
             row.memory = None
@@ -232,8 +232,8 @@ class Engine:
             self._decoding, self._memory = rows, memory
 
     def _forward(
-        self, rows: list[Row], memory: HopeCache, parts: list[list[tuple[int, bool]]]
-    ) -> list[tuple[list[Row], HopeCache, list[list[tuple[int, bool]]], torch.Tensor]]:
+        self, rows: list[Row], memory: HopeCache, parts: list[Part]
+    ) -> list[tuple[list[Row], HopeCache, list[Part], torch.Tensor]]:
         """
         Read tokens, each with whether it is learned from, into the rows' memory, which changes.
 
@@ -241,20 +241,8 @@ class Engine:
             Rows, their memory, what they read, and logits `[rows, vocab_size]` after it. All in one, unless something goes
             wrong: then rows are read in halves, until the one that it is about is alone, and fails.
         """
-        device = self.model.device
-        ids, real = right_aligned([torch.tensor([token for token, _ in part], device=device) for part in parts])
-        told = None
-        if any(learn for part in parts for _, learn in part):
-            told, _ = right_aligned([torch.tensor([learn for _, learn in part], device=device) for part in parts])
         try:
-            logits = self.model(
-                ids,
-                attention_mask=None if ids.shape[1] == 1 else real,
-                past_key_values=memory,
-                learn="off" if told is None else "all",
-                learn_mask=told,
-                logits_to_keep=1,
-            ).logits[:, -1]
+            logits = self.model(**self._inputs(parts), past_key_values=memory, logits_to_keep=1).logits[:, -1]
         except Exception as error:
             if len(rows) == 1:
                 self._fail(rows[0], error)
@@ -266,6 +254,20 @@ class Engine:
                 found += self._forward([rows[i] for i in half], part, [parts[i] for i in half])
             return found
         return [(rows, memory, parts, logits)]
+
+    def _inputs(self, parts: list[Part]) -> dict[str, Any]:
+        """Arguments of `forward()` that say what each row reads, padded on the left."""
+        width, device = max(len(part) for part in parts), self.model.device
+        padded = [[(0, False)] * (width - len(part)) + part for part in parts]
+        inputs: dict[str, Any] = {
+            "input_ids": torch.tensor([[token for token, _ in row] for row in padded], device=device)
+        }
+        if any(len(part) < width for part in parts):
+            missing = torch.tensor([[width - len(part)] for part in parts], device=device)
+            inputs["attention_mask"] = torch.arange(width, device=device) >= missing
+        told = torch.tensor([[learn for _, learn in row] for row in padded])
+        learns = bool(told.any())
+        return {**inputs, "learn": "all" if learns else "off", "learn_mask": told.to(device) if learns else None}
 
     def _say(self, rows: list[Row], memory: HopeCache, logits: torch.Tensor) -> tuple[list[Row], HopeCache]:
         """Let each row say its next token; those that have not ended, and their memory."""

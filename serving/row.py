@@ -18,12 +18,15 @@ from .orders import Answer, Order
 from .words import Words
 
 
+Part = list[tuple[int, bool]]  # tokens, each with whether it is learned from
+
+
 class Row:
     """
     Attributes:
         job: of the order.
         choice: how its tokens are chosen.
-        left: tokens to read before the answer, and which of them are to be learned from.
+        left: tokens to read before the answer.
         said: tokens of the answer so far. The last one is read by the next step.
         memory: its own, while it is in no batch.
         longest: tokens that it may have read in the end.
@@ -48,7 +51,7 @@ class Row:
             ids = [bos]
         self.order, self.own = order, order.learn == "all"
         own = waiting + order.closing
-        self.left = [*((token, self.own) for token in own), *((token, order.learn != "off") for token in ids)]
+        self.left: Part = [*((token, self.own) for token in own), *((token, order.learn != "off") for token in ids)]
         check_ids(torch.tensor([[token for token, _ in self.left]]), model.config.vocab_size)
         self.choice = Choice(model, order.settings, ids or own[-1:], order.seed)
         self.prompt_tokens = len(order.ids)
@@ -70,10 +73,14 @@ class Row:
         self.memory: HopeCache | None = None
 
     def begin(self, model: Any) -> None:
-        """Take up the memory, which may lie in the CPU's."""
-        self.memory = self.order.memory.clone()
+        """Take up the memory, as memories that are joined have to be: on the model's device, in its dtype."""
+        memory = self.order.memory.clone()
+        memory.offloading = False
         if getattr(model, "hf_device_map", None) is None:
-            self.memory.to(model.device)
+            memory.to(model.device)
+        for layer in memory.layers:
+            layer.map_states(lambda state: state.to(state.device, model.dtype))
+        self.memory = memory
 
     def say(self, token: int) -> str | None:
         """Say a token; why the answer ends with it, if it does."""
