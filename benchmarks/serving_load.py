@@ -70,7 +70,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     one_at_a_time, one_at_a_time_used = time.perf_counter() - started, time.process_time() - used
 
     started, used = time.perf_counter(), time.process_time()
-    memories, found = [HopeCache(model.config) for _ in prompts], [[] for _ in prompts]
+    memories = [HopeCache(model.config) for _ in prompts]
+    found: list[list[str]] = [[] for _ in prompts]
     with Engine(model, tokenizer, rows=arguments.sessions, waiting=arguments.sessions) as engine:
         for turn in range(arguments.turns):
             jobs = []
@@ -81,6 +82,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 jobs.append(engine.submit(order))
             for index, job in enumerate(jobs):
                 answer = job.result()
+                assert answer.memory is not None
                 memories[index] = answer.memory
                 found[index].append(answer.text)
         counts = engine.status()

@@ -190,7 +190,8 @@ class Engine:
         """Read a piece of the prompt whose turn it is, and with it as many others as fit, all padded to the longest."""
         if not self._reading:
             return
-        taken, width = [], 0
+        taken: list[Row] = []
+        width = 0
         for row in self._reading:
             wider = max(width, min(len(row.left), self.piece))
             if not taken or wider * (len(taken) + 1) <= self.piece:
