@@ -66,14 +66,14 @@ def take_row(memory: HopeCache, row: int, model: HopeForCausalLM) -> HopeCache:
 class RowSize:
     """
     Bytes that a row's memory takes at most, with all that its levels may have learned and gathered, and the sums of slow
-    weights and changes that it is read with.
+    weights and changes that it is read with, alone and in a batch.
     """
 
     def __init__(self, model: HopeForCausalLM):
         config, self.fixed = model.config, 0
         self.growing: list[tuple[Any, int]] = []  # mixers, with the bytes of a slot
-        # Of a map that learns: its change, the sum, and what is gathered; and what some updates need.
-        kinds = 3 + (config.cms_optimizer == "momentum") + (config.cms_variant == "nested")
+        # Of a map that learns: its change, the sums, and what is gathered; and what some updates need.
+        kinds = 4 + (config.cms_optimizer == "momentum") + (config.cms_variant == "nested")
         width = max(model.dtype.itemsize, torch.float32.itemsize)
         for layer in model.model.layers:
             copies = 1 if layer.mixer.rewinds or config.rewinds else 2

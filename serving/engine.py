@@ -282,9 +282,10 @@ class Engine:
                 if reason is None:
                     kept.append(index)
                 else:
-                    row.finish(reason, take_row(memory, index, self.model))
+                    taken = take_row(memory, index, self.model)
                     self._counts["answers"] += 1
-                    self._active.discard(row)
+                    self._active.discard(row)  # who has the answer finds its room free
+                    row.finish(reason, taken)
             except Exception as error:
                 self._fail(row, error)
         if kept and len(kept) < len(rows):
