@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .cache_hope import HopeCache, check_memory
+from .memory_checks import hope_decoder
 from .mixer_state import MixerState
 from .slow_weights import device_of
 
 
 if TYPE_CHECKING:
-    from .modeling_hope import HopeForCausalLM
+    from .modeling_hope import HopePreTrainedModel
 
 
-def join_rows(memories: Sequence[HopeCache], model: HopeForCausalLM) -> HopeCache:
+def join_rows(memories: Sequence[HopeCache], model: HopePreTrainedModel) -> HopeCache:
     """
     One memory with the rows of several, in their order: a batch that reads on together, each row where it stands.
 
@@ -32,11 +33,10 @@ def join_rows(memories: Sequence[HopeCache], model: HopeForCausalLM) -> HopeCach
         raise ValueError("`memories` differ in `offloading`: make all of them with it, or none.")
     if len(memories) == 1:
         return memories[0].clone()
-    joined = HopeCache(model.config, 0, memories[0].offloading)
+    joined, sizes = HopeCache(model.config, 0, memories[0].offloading), [memory.batch_size for memory in memories]
     with torch.inference_mode(False), torch.no_grad():
-        for index, layer in enumerate(joined.layers):
-            parts = [memory.layers[index] for memory in memories]
-            sizes, mixer = [memory.batch_size for memory in memories], model.model.layers[index].mixer
+        for index, (layer, decoder_layer) in enumerate(zip(joined.layers, hope_decoder(model).layers, strict=True)):
+            parts, mixer = [memory.layers[index] for memory in memories], decoder_layer.mixer
             layer.mixer = _joined([part.mixer for part in parts], sizes, mixer)
             same = all(part.opened is part.mixer for part in parts)
             layer.opened = layer.mixer if same else _joined([part.opened for part in parts], sizes, mixer)
@@ -47,14 +47,14 @@ def join_rows(memories: Sequence[HopeCache], model: HopeForCausalLM) -> HopeCach
     return joined
 
 
-def take_row(memory: HopeCache, row: int, model: HopeForCausalLM) -> HopeCache:
+def take_row(memory: HopeCache, row: int, model: HopePreTrainedModel) -> HopeCache:
     """A row of a batch as a memory of its own, which takes no more than it would, had it always been alone."""
     taken = memory.clone()
     taken.select([row])
     seen, segment = taken.seen[0], model.config.segment_length
     taken.columns = seen
     opened_at = seen - seen % segment if segment is not None else seen
-    for layer, decoder_layer in zip(taken.layers, model.model.layers, strict=True):
+    for layer, decoder_layer in zip(taken.layers, hope_decoder(model).layers, strict=True):
         same = layer.opened is layer.mixer
         if layer.mixer is not None:
             layer.mixer = layer.mixer.trim(decoder_layer.mixer.slots(seen))
@@ -69,13 +69,13 @@ class RowSize:
     weights and changes that it is read with, alone and in a batch.
     """
 
-    def __init__(self, model: HopeForCausalLM):
+    def __init__(self, model: HopePreTrainedModel):
         config, self.fixed = model.config, 0
         self.growing: list[tuple[Any, int]] = []  # mixers, with the bytes of a slot
         # Of a map that learns: its change, the sums, and what is gathered; and what some updates need.
         kinds = 4 + (config.cms_optimizer == "momentum") + (config.cms_variant == "nested")
         width = max(model.dtype.itemsize, torch.float32.itemsize)
-        for layer in model.model.layers:
+        for layer in hope_decoder(model).layers:
             copies = 1 if layer.mixer.rewinds or config.rewinds else 2
             state = layer.mixer.empty_state(1, torch.empty(0, dtype=model.dtype, device=device_of(layer)))
             for name, tensor in state.tensors.items():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from modeling_hope import HopeCache, HopeForCausalLM
-from modeling_hope.memory_rows import RowSize, join_rows, take_row
+from modeling_hope.memory_rows import RowSize
 
 from .choice import choose
 from .job import Job
@@ -197,7 +197,7 @@ class Engine:
             if not taken or wider * (len(taken) + 1) <= self.piece:
                 taken, width = [*taken, row], wider
         self._reading = deque(row for row in self._reading if row not in taken)
-        whole = join_rows([row.memory for row in taken if row.memory is not None], self.model)
+        whole = self.model.join_memories([row.memory for row in taken if row.memory is not None])
         for row in taken:
             row.memory = None
         for rows, memory, parts, logits in self._forward(taken, whole, [row.left[:width] for row in taken]):
@@ -205,7 +205,7 @@ class Engine:
                 row.left = row.left[len(part) :]
                 self._counts["tokens_read"] += len(part)
                 if row.left:
-                    row.memory = take_row(memory, index, self.model)
+                    row.memory = self.model.take_memory(memory, index)
                     self._reading.append(row)
             ready = [index for index, row in enumerate(rows) if not row.left]
             if not ready:
@@ -213,7 +213,7 @@ class Engine:
             memory.select(ready)
             going_on, memory = self._say([rows[index] for index in ready], memory, logits[ready])
             if going_on:
-                self._memory = memory if self._memory is None else join_rows([self._memory, memory], self.model)
+                self._memory = memory if self._memory is None else self.model.join_memories([self._memory, memory])
                 self._decoding += going_on
 
     def _decode(self) -> None:
@@ -223,7 +223,7 @@ class Engine:
         rows, memory = self._decoding, self._memory
         done = self._forward(rows, memory, [[(row.said[-1], row.own)] for row in rows])
         if len(done) > 1:
-            memory = join_rows([memory for _, memory, _, _ in done], self.model)
+            memory = self.model.join_memories([memory for _, memory, _, _ in done])
         rows = [row for rows, _, _, _ in done for row in rows]
         self._decoding, self._memory = [], None
         if rows:
@@ -282,7 +282,7 @@ class Engine:
                 if reason is None:
                     kept.append(index)
                 else:
-                    taken = take_row(memory, index, self.model)
+                    taken = self.model.take_memory(memory, index)
                     self._counts["answers"] += 1
                     self._active.discard(row)  # who has the answer finds its room free
                     row.finish(reason, taken)

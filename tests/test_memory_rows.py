@@ -5,7 +5,7 @@ import torch
 
 from modeling_hope import HopeCache
 from modeling_hope.fast_weights import NOTHING_LEARNED, LevelMemory, reading_weights
-from modeling_hope.memory_rows import RowSize, join_rows, take_row
+from modeling_hope.memory_rows import RowSize
 from modeling_hope.row_stack import RowStack, stack_of
 
 from .conftest import assert_same_memory, random_ids, read, tiny_model
@@ -31,28 +31,28 @@ def test_rows_joined_read_on_as_alone(model):
     """Each at its own phase of chunks, segments and windows, some with nothing read; in and out again at any time."""
     size = RowSize(model)
     lengths = (17, 0, 3, 8)
-    alone, joined = memories_of(model, lengths), join_rows(memories_of(model, lengths), model)
+    alone, joined = memories_of(model, lengths), model.join_memories(memories_of(model, lengths))
     for turn in range(2):
         for column in range(7 if turn else 5):
             ids = random_ids(len(alone), 1, seed=100 * turn + column)
             logits = read(model, joined, ids, learn="all")
             for row, memory in enumerate(alone):
                 torch.testing.assert_close(read(model, memory, ids[row : row + 1], learn="all")[0], logits[row])
-        taken = [take_row(joined, row, model) for row in range(len(alone))]
+        taken = [model.take_memory(joined, row) for row in range(len(alone))]
         for memory, other in zip(taken, alone, strict=True):
             assert_same_memory(memory, other, **TOLERANCE)
             assert memory.columns == other.columns and memory.nbytes() <= size.at(memory.seen[0])
         # In another order, some joined among themselves before.
         alone = [alone[row] for row in (3, 1, 0, 2)]
-        joined = join_rows([join_rows([taken[3], taken[1]], model), *(taken[row] for row in (0, 2))], model)
+        joined = model.join_memories([model.join_memories([taken[3], taken[1]]), *(taken[row] for row in (0, 2))])
     assert all(memory.rows[0].updates[0] >= 2 for memory in alone)
 
 
 @every_mixer
 def test_a_row_taken_out_is_saved_and_is_a_fork(model, tmp_path):
     first, second = memories_of(model, (5, 33))
-    joined = join_rows([first, second], model)
-    taken = take_row(joined, 0, model)
+    joined = model.join_memories([first, second])
+    taken = model.take_memory(joined, 0)
     taken.save_pretrained(tmp_path, model)
     assert_same_memory(HopeCache.from_pretrained(tmp_path, model=model), first, rtol=0, atol=0)
     before = first.clone()
@@ -64,10 +64,10 @@ def test_a_row_taken_out_is_saved_and_is_a_fork(model, tmp_path):
 @every_mixer
 def test_what_cannot_be_joined(model):
     with pytest.raises(ValueError, match="another model"):
-        join_rows([HopeCache(model.config), HopeCache(tiny_model(hidden_size=32).config)], model)
+        model.join_memories([HopeCache(model.config), HopeCache(tiny_model(hidden_size=32).config)])
     with pytest.raises(ValueError, match="offloading"):
-        join_rows([HopeCache(model.config), HopeCache(model.config, offloading=True)], model)
-    empty = join_rows([HopeCache(model.config), HopeCache(model.config, 2)], model)
+        model.join_memories([HopeCache(model.config), HopeCache(model.config, offloading=True)])
+    empty = model.join_memories([HopeCache(model.config), HopeCache(model.config, 2)])
     assert empty.batch_size == 3 and empty.seen == [0, 0, 0]
 
 
