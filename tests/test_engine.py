@@ -11,6 +11,7 @@ from modeling_hope import HopeCache, HopeSession
 from modeling_hope.serving.choice import Choice
 from modeling_hope.serving.engine import Busy, Closed, Engine
 from modeling_hope.serving.orders import Order
+from modeling_hope.serving.words import Words
 from modeling_hope.session_turn import chat_turn, text_turn
 
 from .conftest import assert_same_memory, chat_tokenizer, random_ids, tiny_model
@@ -94,6 +95,27 @@ def test_stop_strings_are_never_shown(model, tokenizer):
     assert "".join(pieces) == answer.text == expected and answer.reason == "stop" and len(pieces) > 1
     session.generate("w9", stop_strings=["none", stop], **options)
     assert_same_memory(answer.memory, session.memory, **TOLERANCE)
+
+
+class ByteTokenizer:
+    def decode(self, ids, skip_special_tokens):
+        return bytes(ids).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("stops", [[], ["本 b"], ["a日", "ï", "zz"], ["b!?", "b!!"]])
+def test_pieces_are_whole_characters_and_the_text_in_the_end(stops):
+    whole = "日本 naïve a日本 b!? c\u00e9"
+    for cut in range(len(whole.encode()) + 1):
+        words, pieces, said = Words(ByteTokenizer(), stops), [], list(whole.encode()[:cut])
+        for token in said:
+            words.add(token)
+            pieces.append(words.take())
+            if words.stopped is not None:
+                break
+        text = words.cut(bytes(said).decode("utf-8", "replace"))
+        assert "".join(pieces) + words.rest(text) == text
+        assert "\ufffd" not in "".join(pieces) and not any(stop in text for stop in stops)
+        assert (words.stopped is not None) == any(stop.encode() in bytes(said) for stop in stops)
 
 
 def test_listened_to_while_it_is_said(model, tokenizer):
