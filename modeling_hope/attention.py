@@ -76,9 +76,7 @@ class HopeAttention(LlamaAttention):
         plan = span.plans[self.layout]
         if plan.cached:
             assert state is not None
-            keys = torch.cat([state.tensors["keys"][:, :, : plan.cached], keys], dim=2)
-            values = torch.cat([state.tensors["values"][:, :, : plan.cached], values], dim=2)
-        keys, values = plan.pack(keys), plan.pack(values)
+            keys, values = plan.pack(state.tensors["keys"], keys), plan.pack(state.tensors["values"], values)
         output, weights = attend(self, queries, keys, values, plan)
         new_state = AttentionState(keys=plan.keep(keys), values=plan.keep(values)) if keep_state else None
         return self.o_proj(output.reshape(batch, width, -1)), new_state, weights
@@ -98,6 +96,10 @@ class HopeAttention(LlamaAttention):
     def slots(self, seen: int) -> int:
         """Slots that a row which has read `seen` tokens fills in the growing tensors."""
         return self.layout.count(seen)
+
+    def most_slots(self, seen: int) -> int:
+        """The most that such a row has filled up to then."""
+        return self.layout.most(seen)
 
 
 def key_layout(config: HopeConfig, layer_idx: int) -> KeyLayout:
@@ -226,7 +228,7 @@ def _flash_attend(
         )
     function = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
     options["sliding_window"] = layout.window
-    if plan.packed is None:
+    if not plan.query_counts:
         return function(module, queries, keys, values, None, **options)[0], None
     batch, heads, width, head_dim = queries.shape
     device = queries.device

@@ -19,6 +19,7 @@ from .fast_weights import MEMORY_TENSORS, NOTHING_LEARNED, LevelMemory
 from .memory_checks import differing_fields, hope_decoder
 from .memory_format import SavedMemory, load_memory, save_memory
 from .mixer_state import MixerState
+from .row_stack import RowStacks
 from .stream_record import StreamRecord
 
 
@@ -114,6 +115,8 @@ class HopeCache(Cache):
         self.columns = 0
         # What its user wants kept with it, as JSON can say it: goes along with forks and files.
         self.notes: dict[str, Any] = {}
+        # What its rows have learned, made ready for steps of one token a row. Its own: a fork makes others.
+        self.stacks: RowStacks = {}
         # What it lost when it was saved in less than full precision; `None` when it never was.
         self.lost: dict[str, Any] | None = None
 
@@ -161,6 +164,7 @@ class HopeCache(Cache):
             for layer in self.layers:
                 layer.select(rows)
         self.rows = [self.rows[row] for row in rows]
+        self.stacks = {}
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.select(beam_idx.tolist())
@@ -175,6 +179,7 @@ class HopeCache(Cache):
         """A fork: both go on by themselves, and share what neither has changed."""
         fork: HopeCache = object.__new__(type(self))
         fork.__dict__.update(self.__dict__)
+        fork.stacks = {}
         fork.assign(self)
         return fork
 
@@ -243,7 +248,7 @@ class HopeCache(Cache):
             layer.levels = {level: [NOTHING_LEARNED] * self.batch_size for level in layer.levels}
         self.rows = [StreamRecord.new(len(self.periods)) for _ in self.rows]
         self.columns = 0
-        self.notes, self.lost = {}, None
+        self.notes, self.lost, self.stacks = {}, None, {}
 
     def _reset_levels(self, levels: set[int]) -> None:
         unknown = [level for level in levels if level not in range(len(self.periods))]
@@ -299,6 +304,7 @@ class HopeCache(Cache):
         held = list(self.tensors().values())
         memories = [memory for layer in self.layers for rows in layer.levels.values() for memory in rows]
         held += [tensor for memory in memories for tensor in memory.merged_weights()]
+        held += [tensor for stack in list(self.stacks.values()) for tensor in list(stack.tensors.values())]
         return {(t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in held}
 
     def summary(self) -> dict[str, Any]:

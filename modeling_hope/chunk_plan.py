@@ -82,6 +82,18 @@ class ChunkPlan:
             return True
         return torch.tensor(filled, device=self.span.device) if any(filled) else None
 
+    def few(self, whole: bool | torch.Tensor | None, heads: int) -> torch.Tensor | None:
+        """
+        The rows times heads `[n]` int64 that fill a chunk, where they are less than half of all: it is cheaper to write
+        it for them alone.
+        """
+        if not isinstance(whole, torch.Tensor):
+            return None
+        rows = whole.nonzero()
+        if 2 * len(rows) >= len(whole):
+            return None
+        return (rows * heads + torch.arange(heads, device=rows.device)).flatten()
+
     def ends(self, index: int, size: int, heads: int) -> bool | torch.Tensor:
         """Where a chunk of another size ends with this one: everywhere, nowhere, or `[batch times H, 1, 1, 1]` by row."""
         ends = [(begin // self.size + index + 1) * self.size % size == 0 for begin in self.span.begin]

@@ -102,6 +102,7 @@ class LevelWeights:
             rules that need it (`dgd`).
         record: whether to record them.
         connected: whether an outer gradient flows through the update, and so through what is recorded.
+        together: the maps of all rows at once, in the place of `rows`: from a map's name, module and input to its output.
     """
 
     rows: list[dict[str, RowWeight] | None]
@@ -110,9 +111,12 @@ class LevelWeights:
     outputs: Tensors = field(default_factory=dict)
     record: bool = False
     connected: bool = False
+    together: Callable[[str, nn.Module, torch.Tensor], torch.Tensor] | None = None
 
     def linear(self, name: str, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """The map `name` of every row, `[batch, width, in_features]` to `[batch, width, out_features]`."""
+        if self.together is not None:
+            return self.together(name, module, x)
         y = fast_linear(module, x, [row.get(name) if row else None for row in self.rows])
         if self.record and name in self.traced[0]:
             bias = getattr(module, "bias", None)

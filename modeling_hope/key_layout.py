@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
+from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from .rotary import HopeRotaryEmbedding, Rotation
@@ -47,6 +48,12 @@ class KeyLayout:
         """Keys kept of a row that has read `seen` tokens."""
         first = self.first(seen)
         return seen - first + (self.sinks if first else 0)
+
+    def most(self, seen: int) -> int:
+        """The most keys kept of a row until it has read `seen` tokens."""
+        if self.window is None:
+            return seen
+        return min(seen, self.window + self.sinks + (self.segment or 1) - 1)
 
     def slots(self, begin: int, end: int) -> torch.Tensor:
         """Positions in order of their slots, `[slots]` int64 on the CPU: those kept at `begin`, and the new up to `end`."""
@@ -200,8 +207,9 @@ class AttentionPlan:
         cached: cached key slots that take part, the most of any row.
         blocks: the queries, divided by where they see the sinks.
         query_counts, key_counts: of each row of a ragged run, its queries, and its keys, cached and new.
-        packed: `[batch, slots]`, for ragged runs: where in the `cached + width` slots each row's keys lie.
-        kept: `[batch, kept]`, for ragged runs: which of the packed slots are kept.
+        packed: `[batch, width]`, for ragged runs over cached keys: the slots that the new keys go to.
+        slots: of packed keys, in ragged runs.
+        kept: `[batch, kept]`, for ragged runs: which of the packed slots are kept; `None` for all.
         dropped: for uniform runs, how many slots right after the sinks are dropped.
     """
 
@@ -211,17 +219,23 @@ class AttentionPlan:
     query_counts: list[int] = field(default_factory=list)
     key_counts: list[int] = field(default_factory=list)
     packed: torch.Tensor | None = None
+    slots: int = 0
     kept: torch.Tensor | None = None
     dropped: int = 0
 
-    def pack(self, keys: torch.Tensor) -> torch.Tensor:
-        """Each row's keys, cached and new, left-packed: `[batch, heads, slots, head_dim]` of as many or more slots."""
-        return keys if self.packed is None else _along_slots(keys, self.packed)
+    def pack(self, cached: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Each row's keys, cached and new `[batch, heads, width, head_dim]`, left-packed: `[batch, heads, slots, head_dim]`."""
+        cached = cached[:, :, : self.cached]
+        if self.packed is None:
+            return torch.cat([cached, new], dim=2)
+        # One slot more takes what is no token.
+        room = F.pad(cached, (0, 0, 0, self.slots + 1 - self.cached))
+        return room.scatter_(2, _by_slot(self.packed, new), new)[:, :, : self.slots]
 
     def keep(self, keys: torch.Tensor) -> torch.Tensor:
         """What a cache keeps of packed keys, `[batch, heads, kept, head_dim]`."""
         if self.kept is not None:
-            return _along_slots(keys, self.kept)
+            return keys.gather(2, _by_slot(self.kept, keys))
         if self.dropped:
             sinks = self.layout.sinks
             return torch.cat([keys[:, :, :sinks], keys[:, :, sinks + self.dropped :]], dim=2)
@@ -265,20 +279,25 @@ def _ragged_plan(span: Span, layout: KeyLayout) -> AttentionPlan:
     counts = [layout.count(begin) for begin in span.begin]
     cached, positions = max(counts), span.positions()
     key_counts = [count + length for count, length in zip(counts, span.lengths, strict=True)]
-    rows, total = len(counts), max(key_counts)
-    packed = torch.zeros(rows, total, dtype=torch.int64)
-    slots = torch.full((rows, total), -1)
     kept_counts = [layout.count(end) for end in span.end]
-    kept = torch.zeros(rows, max(kept_counts), dtype=torch.int64)
+    total = max(key_counts)
+    packed = None
+    if cached:
+        columns = torch.arange(span.width)
+        packed = _column(counts) + columns
+        packed = packed.where(columns < _column(span.lengths), total).to(span.device)
+    kept = None
+    if kept_counts != key_counts:
+        slot, dropped = torch.arange(max(kept_counts)), _column(key_counts) - _column(kept_counts)
+        kept = slot + torch.where(slot < layout.sinks, 0, dropped)
+        kept = kept.where(slot < _column(kept_counts), 0).to(span.device)
+    slot, firsts = torch.arange(total), _column([layout.first(begin) for begin in span.begin])
+    # Sinks lie in front of the window once it has left them behind.
+    slots = torch.where((firsts > 0) & (slot >= layout.sinks), slot + firsts - layout.sinks, slot)
+    slots = slots.where(slot < _column(key_counts), -1).to(span.device)
     cuts = {0, span.width}
-    for row, (begin, end, length) in enumerate(zip(span.begin, span.end, span.lengths, strict=True)):
-        count, filled, keep = counts[row], key_counts[row], kept_counts[row]
-        packed[row, :filled] = torch.cat([torch.arange(count), torch.arange(cached, cached + length)])
-        slots[row, :filled] = layout.slots(begin, end)
-        sinks = min(layout.sinks, keep) if filled > keep else 0
-        kept[row, :keep] = torch.cat([torch.arange(sinks), torch.arange(filled - keep + sinks, filled)])
+    for begin, end in zip(span.begin, span.end, strict=True):
         cuts |= {start - begin for start in layout.block_starts(begin, end)}
-    slots = slots.to(span.device)
     blocks, bounds = [], sorted(cuts)
     for start, stop in pairwise(bounds):
         shifts = [
@@ -297,9 +316,13 @@ def _ragged_plan(span: Span, layout: KeyLayout) -> AttentionPlan:
         seen = torch.cat([slots[:, :sinks], slots[:, first:last]], dim=1)
         mask = layout.visible(positions[:, start:stop], seen)[:, None]
         blocks.append(Block(start, stop, first, last, sinks, shifts, mask))
-    device = span.device
-    return AttentionPlan(layout, cached, blocks, span.lengths, key_counts, packed.to(device), kept.to(device))
+    return AttentionPlan(layout, cached, blocks, span.lengths, key_counts, packed, total, kept)
 
 
-def _along_slots(keys: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    return keys.gather(2, index[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3]))
+def _column(numbers: list[int]) -> torch.Tensor:
+    return torch.tensor(numbers)[:, None]
+
+
+def _by_slot(index: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Slots `[batch, n]` as an index along axis 2 of keys."""
+    return index[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from .cache_hope import HopeCache
 from .configuration_hope import HopeConfig
 from .fast_weights import LevelMemory, LevelWeights, Tensors, learning_weights, reading_weights
+from .row_stack import RowStacks, stack_of
 from .sharding import is_sharded
 from .slow_weights import check_gradients
 from .stream_record import LOSSES_KEPT, StreamRecord
@@ -39,17 +41,31 @@ class Stretch:
     learn: bool = False
 
 
-def next_stretch(record: StreamRecord, coming: torch.Tensor, config: HopeConfig) -> Stretch:
+@dataclass(frozen=True)
+class Pace:
+    """Of a config, when its levels act: tokens in a segment, levels that learn, and the periods of all."""
+
+    segment: int | None
+    levels: list[int]
+    periods: list[int | None]
+
+    @classmethod
+    def of(cls, config: HopeConfig) -> Pace:
+        return cls(config.segment_length, config.learning_levels, list(config.cms_periods))
+
+
+def next_stretch(record: StreamRecord, coming: torch.Tensor, pace: Pace) -> Stretch:
     """
     How far a row may read before its levels have to act.
 
     `coming`: which of the tokens to come are to be learned from, `[tokens]` bool on the CPU. Where nothing is learned
     and nothing waits, a row reads to the end in one go: the ends of such segments do not concern it.
     """
-    total = len(coming)
-    segment, levels = config.segment_length, config.learning_levels
+    total, segment, levels = len(coming), pace.segment, pace.levels
+    if segment is None or not levels or record.seen % segment + total < segment:
+        return Stretch(total)
     waiting = any(record.pairs[level] for level in levels)
-    if segment is None or not levels or not (waiting or bool(record.learn.any()) or bool(coming.any())):
+    if not (waiting or bool(record.learn.any()) or bool(coming.any())):
         return Stretch(total)
     open_tokens = record.seen % segment
     learn = torch.cat([record.learn, coming])
@@ -59,30 +75,35 @@ def next_stretch(record: StreamRecord, coming: torch.Tensor, config: HopeConfig)
             before = end - segment - open_tokens
             return Stretch(before) if before > 0 else Stretch(end - open_tokens, learn=True)
         position = record.seen - open_tokens + end
-        if any(record.pairs[level] and position % _period(config, level) == 0 for level in levels):
+        if any(record.pairs[level] and position % pace.periods[level] == 0 for level in levels):  # type: ignore[operator]
             return Stretch(end - open_tokens)
     return Stretch(total)
 
 
-def to_last_segment(seen: int, length: int, config: HopeConfig) -> int:
+def to_last_segment(seen: int, length: int, segment: int) -> int:
     """
     Tokens to the start of the segment in which a stretch ends, or all where it starts in that segment.
 
     That segment may be read again, and mixers that cannot go back need their states from there.
     """
-    assert config.segment_length is not None
-    start = (seen + length) // config.segment_length * config.segment_length
+    start = (seen + length) // segment * segment
     return start - seen if seen < start else length
 
 
 def run_weights(
-    model: HopeModel, cache: HopeCache, rows: Sequence[int], learn: bool, constant: bool, connected: bool = False
+    model: HopeModel,
+    cache: HopeCache,
+    rows: Sequence[int],
+    learn: bool,
+    constant: bool,
+    connected: bool = False,
+    stacks: RowStacks | None = None,
 ) -> RunWeights:
     """
     The weights with which the levels run for these rows of the memory.
 
     `learn`: to take the gradient of the run. `constant`: no outer gradient has to reach the slow weights. `connected`: an
-    outer gradient flows through the update.
+    outer gradient flows through the update. `stacks`: the memory's, for a run of one token a row.
     """
     maps = model.config.learned_maps
     record = model.config.cms_optimizer == "dgd"
@@ -91,11 +112,17 @@ def run_weights(
     learning = model.config.learning_levels if learn else []
     if learn:
         check_gradients(model)
+    places = None if list(rows) == list(range(len(cache.rows))) else list(rows)
     run: RunWeights = []
-    for decoder_layer, cache_layer in zip(model.layers, cache.layers, strict=True):
+    for index, (decoder_layer, cache_layer) in enumerate(zip(model.layers, cache.layers, strict=True)):
         used: dict[int, LevelWeights] = {}
         for level, memories in cache_layer.levels.items():
-            mlp, chosen = decoder_layer.cms.level(level), [memories[row] for row in rows]
+            mlp = decoder_layer.cms.level(level)
+            if stacks is not None and merge and (stack := stack_of(stacks, (index, level), memories, rows)) is not None:
+                stack.refresh(mlp, memories, maps, model.dtype)
+                used[level] = LevelWeights([], together=partial(stack.linear, rows=places))
+                continue
+            chosen = [memories[row] for row in rows]
             if level in learning:
                 used[level] = learning_weights(mlp, chosen, maps, merge=merge, record=record, connected=connected)
             elif (weights := reading_weights(mlp, chosen, maps, merge=merge)) is not None:

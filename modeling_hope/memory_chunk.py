@@ -6,6 +6,7 @@ Shapes are those of `memory_rule.py`: G rows times heads, X memories in the grou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -174,17 +175,45 @@ def after_chunk(weights: FastWeights, constants: Constants, written: Written, en
     return FastWeights(now, _where(ends, now, weights.start), _where(ends, moved, weights.momentum), left)
 
 
+def of_rows(weights: FastWeights, constants: Constants, rows: torch.Tensor) -> tuple[FastWeights, Constants]:
+    """A group cut down to some of the rows times heads, `[n]` int64."""
+
+    def cut(maps: Maps | None) -> Maps | None:
+        return None if maps is None else tuple(each.index_select(0, rows) for each in maps)
+
+    now = cut(weights.now)
+    start = now if weights.start is weights.now else cut(weights.start)
+    assert now is not None and start is not None
+    gamma = None if constants.gamma is None else constants.gamma.index_select(0, rows)
+    return (
+        FastWeights(now, start, cut(weights.momentum), cut(weights.written)),
+        Constants(constants.memories, cut(constants.rest), gamma, cut(constants.mu)),
+    )
+
+
+def place(rows: torch.Tensor, new: FastWeights, old: FastWeights) -> FastWeights:
+    """`old`, but for the rows times heads `rows`, `[n]` int64, of which there is `new`."""
+
+    def put(maps: Maps, others: Maps) -> Maps:
+        return tuple(b.index_copy(0, rows, a) for a, b in zip(maps, others, strict=True))
+
+    return _merged(new, old, put)
+
+
 def choose(rows: torch.Tensor, new: FastWeights, old: FastWeights) -> FastWeights:
     """`new` in the rows that `rows`, `[G, 1, 1, 1]` bool, names, and `old` in the others."""
-    now = _where(rows, new.now, old.now)
+    return _merged(new, old, lambda maps, others: _where(rows, maps, others))
+
+
+def _merged(new: FastWeights, old: FastWeights, merge: Callable[[Maps, Maps], Maps]) -> FastWeights:
+    now = merge(new.now, old.now)
     same = new.start is new.now and old.start is old.now
-    start = now if same else _where(rows, new.start, old.start)
+    start = now if same else merge(new.start, old.start)
     if new.momentum is None or old.momentum is None:
         return FastWeights(now, start)
-    momentum, written = _where(rows, new.momentum, old.momentum), None
+    momentum, written = merge(new.momentum, old.momentum), None
     if new.written is not None or old.written is not None:
-        nothing = tuple(torch.zeros_like(maps) for maps in now)
-        written = _where(rows, new.written or nothing, old.written or nothing)
+        written = merge(*(each.written or tuple(map(torch.zeros_like, each.now)) for each in (new, old)))
     return FastWeights(now, start, momentum, written)
 
 

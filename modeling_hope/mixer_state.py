@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, TypeVar
 
 import torch
@@ -38,15 +39,27 @@ class MixerState:
         """The state of some rows, `[rows]` int64, in that order."""
         return self._map(lambda tensor: tensor.index_select(0, rows))
 
+    @classmethod
+    def join(cls: type[State], states: Sequence[State]) -> State:
+        """The rows of several states."""
+        parts = {name: [state.tensors[name] for state in states] for name in states[0].tensors}
+        return cls(**{name: torch.cat(cls._alike(name, of_states)) for name, of_states in parts.items()})
+
+    def trim(self: State, slots: int) -> State:
+        """Without the growing tensors' slots from `slots` on; what is left over is no part of them any more."""
+        return type(self)(
+            **{
+                name: tensor[..., :slots, :].clone() if name in self.growing and tensor.shape[-2] > slots else tensor
+                for name, tensor in self.tensors.items()
+            }
+        )
+
     def place(self: State, rows: torch.Tensor, state: State) -> State:
         """This state with the rows `rows` replaced by those of `state`."""
         placed = {}
         for name, tensor in self.tensors.items():
-            part = state.tensors[name]
-            if name in self.growing:
-                slots = max(tensor.shape[-2], part.shape[-2])
-                tensor, part = (F.pad(t, (0, 0, 0, slots - t.shape[-2])) for t in (tensor, part))
-            placed[name] = tensor.index_copy(0, rows, part)
+            whole, part = self._alike(name, [tensor, state.tensors[name]])
+            placed[name] = whole.index_copy(0, rows, part)
         return type(self)(**placed)
 
     def detach(self: State) -> State:
@@ -55,6 +68,14 @@ class MixerState:
     def to(self: State, device: torch.device, dtype: torch.dtype | None = None) -> State:
         """On a device, and for a model of another dtype."""
         return self._map(lambda tensor: tensor.to(device, dtype))
+
+    @classmethod
+    def _alike(cls, name: str, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Tensors of one name, with as many slots as the longest of them."""
+        if name not in cls.growing:
+            return tensors
+        slots = max(tensor.shape[-2] for tensor in tensors)
+        return [F.pad(tensor, (0, 0, 0, slots - tensor.shape[-2])) for tensor in tensors]
 
     def _map(self: State, function) -> State:  # type: ignore[no-untyped-def]
         return type(self)(**{name: function(tensor) for name, tensor in self.tensors.items()})

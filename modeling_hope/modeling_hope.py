@@ -21,6 +21,8 @@ from .fast_weights import LevelWeights
 from .generation_hope import HopeGenerationMixin
 from .inputs import Inputs
 from .key_layout import KeyLayout, Span
+from .learning import Stretch
+from .memory_rows import join_rows, take_row
 from .mixer_state import MixerState
 from .norm import add, make_norm, norms_around
 from .packing import Packing
@@ -156,6 +158,18 @@ class HopePreTrainedModel(PreTrainedModel):
     def load_memory(self, directory: str | os.PathLike[str]) -> HopeCache:
         """The memory that was saved in a directory: `HopeCache.from_pretrained(directory, model=model)`."""
         return HopeCache.from_pretrained(directory, model=self)
+
+    def join_memories(self, memories: Sequence[HopeCache]) -> HopeCache:
+        """
+        One memory with the rows of several, in their order: a batch that reads on together, each row where it stands.
+
+        Learned changes are shared, not copied; keys, values and the mixers' states are copied. Notes stay behind.
+        """
+        return join_rows(memories, self)
+
+    def take_memory(self, memory: HopeCache, row: int) -> HopeCache:
+        """A row of a batch's memory as one of its own, as if it had always been alone."""
+        return take_row(memory, row, self)
 
     def _learns(self, learn: str | None) -> bool:
         if learn is not None:
@@ -512,6 +526,10 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
             reading = [row for row, stretch in enumerate(stretches) if not stretch.learn]
             if learning:
                 runs.append(stream.learn(learning, stretches, self.head, keep_logits, hidden_states))
+                if len(learning) <= len(reading):
+                    # To let a row read nothing costs less than to take the states of all others out and put them back.
+                    reading = list(range(stream.batch))
+                    stretches = [Stretch(0) if stretch.learn else stretch for stretch in stretches]
             if any(stretches[row].length for row in reading) or not learning:
                 runs.append(stream.read(reading, stretches, hidden_states, attentions))
             stream.act()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,8 @@ from .memory_chunk import (
     after_chunk,
     choose,
     memory_at,
+    of_rows,
+    place,
     read_tokens,
     split,
     split_constants,
@@ -286,6 +288,10 @@ class SelfModifyingMemory(nn.Module):
         """Slots that a row which has read `seen` tokens fills in the growing tensors."""
         return seen % self.chunk_size
 
+    def most_slots(self, seen: int) -> int:
+        """The most that such a row has filled up to then."""
+        return min(seen, self.chunk_size - 1)
+
     def _for_writing(self) -> list[nn.Parameter]:
         """Parameters on which what is read may not depend, before a chunk has been written."""
         found = [] if self.memories.momentum is None else [self.memories.momentum]
@@ -336,14 +342,13 @@ class SelfModifyingMemory(nn.Module):
             if main == last:
                 maps, projections = split(maps, constants[main].memories)
             k, v, rates, log_alpha, q = self._project(projections, projecting, streams, q)
+            few = plan.few(whole, self.heads)
             rates, decay = rates[:, None, None], decay_of(log_alpha)
             written = {}
             for name, group_weights in weights.items():
-                within = by_token and name == main
-                if whole is not None or within:
-                    written[name] = write(
-                        group_weights, constants[name], k, v, rates, decay, self.rule, whole is not None, within
-                    )
+                within, ending = by_token and name == main, whole is not None and few is None
+                if ending or within:
+                    written[name] = write(group_weights, constants[name], k, v, rates, decay, self.rule, ending, within)
             if by_token:
                 outputs.append(read_tokens(maps, own, written[main], q, decay))
             else:
@@ -352,9 +357,27 @@ class SelfModifyingMemory(nn.Module):
                 continue
             for name, old in weights.items():
                 ends = plan.ends(index, self.groups[name].chunk_size, self.heads)
+                if few is not None:
+                    chunk = (each.index_select(0, few) for each in (k, v, rates, log_alpha))
+                    weights[name] = place(few, self._written_alone(old, constants[name], few, chunk, ends), old)
+                    continue
                 new = after_chunk(old, constants[name], written[name], ends)
                 weights[name] = new if isinstance(whole, bool) else choose(plan.by_head(whole, self.heads), new, old)
         return plan.unchunk(outputs, batch), weights
+
+    def _written_alone(
+        self,
+        weights: FastWeights,
+        constants: Constants,
+        rows: torch.Tensor,
+        chunk: Iterable[torch.Tensor],
+        ends: bool | torch.Tensor,
+    ) -> FastWeights:
+        """What a chunk of k, v, rates and log alpha makes of a group in the rows times heads `rows` that fill it."""
+        k, v, rates, log_alpha = chunk
+        weights, constants = of_rows(weights, constants, rows)
+        written = write(weights, constants, k, v, rates, decay_of(log_alpha), self.rule, ends=True, by_token=False)
+        return after_chunk(weights, constants, written, ends if isinstance(ends, bool) else ends[rows])
 
     def _project(
         self, maps: Maps, constants: Constants, streams: torch.Tensor, q: torch.Tensor

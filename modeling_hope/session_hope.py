@@ -18,6 +18,20 @@ from transformers.utils.logging import tqdm
 from .cache_hope import HopeCache, check_memory
 from .chat_turns import ChatTurns, Message
 from .memory_format import SavedMemory
+from .session_turn import (
+    CLOSED,
+    CONVERSATION,
+    LIMITS,
+    NEW_TOKENS,
+    OPEN,
+    SessionTurn,
+    chat_turn,
+    is_used,
+    opening,
+    text_turn,
+    tokens_of,
+    unsaid,
+)
 from .stream_record import LOSSES_KEPT, StreamRecord
 from .text_pieces import encoded_bytes, prepends_space, text_blocks, text_bytes, text_pieces
 from .text_stream import TextStream
@@ -27,12 +41,6 @@ if TYPE_CHECKING:
     from .modeling_hope import HopeForCausalLM
 
 
-# Of an answer, where neither the call nor the generation config says how many.
-NEW_TOKENS = 256
-LIMITS = ("max_new_tokens", "max_length")
-# The note of a memory that holds a conversation: its last answer waits to be closed, or is.
-CONVERSATION = "conversation"
-OPEN, CLOSED = "open", "closed"
 # What a session decides itself, or has no use for.
 NOT_OF_A_SESSION = {
     "past_key_values": "a session has its own memory",
@@ -93,7 +101,7 @@ class HopeSession:
             )
         self.model, self.tokenizer = model, tokenizer
         self.memory = HopeCache(model.config) if memory is None else memory.clone()
-        if self.conversation not in (None, OPEN, CLOSED) or (self.conversation and not self._used):
+        if self.conversation not in (None, OPEN, CLOSED) or (self.conversation and not is_used(self.memory)):
             raise ValueError(
                 f"`memory.notes[{CONVERSATION!r}]` is {self.conversation!r}, which no session has written: remove it."
             )
@@ -130,14 +138,7 @@ class HopeSession:
         options = self._checked(options)
         with ExitStack() as running:
             running.enter_context(self._alone())
-            ids = self._opening() + self._tokens(prompt)
-            if not ids and self._record.pending is None and self._record.seen:
-                raise ValueError(
-                    "`prompt` is empty, and what was read last was not the model's own: give it some text."
-                )
-            if not prompt and self.conversation == OPEN:
-                options.setdefault("eos_token_id", self._ends(ChatTurns(self.tokenizer), options))
-            return self._say(self.memory.clone(), ids, options, stream, running)
+            return self._say(text_turn(self.memory, self.tokenizer, prompt), options, stream, running)
 
     def chat(
         self,
@@ -169,31 +170,11 @@ class HopeSession:
                 option is impossible. Nothing was read.
             RuntimeError: another call runs.
         """
-        options, turns = self._checked(options), ChatTurns(self.tokenizer, template)
-        messages = [{"role": "user", "content": message}] if isinstance(message, str) else message
-        if (
-            not isinstance(messages, Sequence)
-            or not all(isinstance(each, Mapping) for each in messages)
-            or not messages
-        ):
-            raise ValueError("`message` must be text, or a list of at least one message with `role` and `content`.")
-        if system is not None:
-            messages = [{"role": "system", "content": system}, *messages]
+        options = self._checked(options)
         with ExitStack() as running:
             running.enter_context(self._alone())
-            work = self.memory.clone()
-            if CONVERSATION not in work.notes:
-                ids = turns.first(messages)
-                if self._used and ids[:1] == [self.tokenizer.bos_token_id]:
-                    ids = ids[1:]
-            elif system is not None:
-                raise ValueError("`system` belongs to the first turn of a conversation: `reset()` begins another one.")
-            else:
-                closing, ids = turns.next(messages)
-                self._close_answer(work, turns, closing, self._settle(options)[1])
-            work.notes[CONVERSATION] = OPEN
-            options.setdefault("eos_token_id", self._ends(turns, options))
-            return self._say(work, ids, options, stream, running)
+            turn = chat_turn(self.memory, self.tokenizer, message, system, template)
+            return self._say(turn, options, stream, running)
 
     def read(
         self, source: Any, *, learn: str | None = None, progress: bool | None = None, chunk: int = 1024
@@ -230,7 +211,7 @@ class HopeSession:
         with self._alone(), tqdm(total=size, unit="B", unit_scale=True, desc="reading", disable=hidden) as bar:
             if self.conversation == OPEN:
                 work, turns = self.memory.clone(), ChatTurns(self.tokenizer)
-                self._close_answer(work, turns, turns.closing(), learn)
+                self._feed(work, unsaid(work, turns, turns.closing()), own=True, learn=learn)
                 work.notes[CONVERSATION] = CLOSED
                 self.memory = work
             for ids, done in self._chunks(blocks, chunk):
@@ -285,10 +266,6 @@ class HopeSession:
     def _record(self) -> StreamRecord:
         return self.memory.rows[0]
 
-    @property
-    def _used(self) -> bool:
-        return self._record.seen > 0 or self._record.pending is not None
-
     @contextmanager
     def _alone(self) -> Iterator[None]:
         if not self._one_at_a_time.acquire(blocking=False):
@@ -301,12 +278,16 @@ class HopeSession:
         finally:
             self._one_at_a_time.release()
 
-    def _say(
-        self, work: HopeCache, ids: list[int], options: dict[str, Any], stream: bool, running: ExitStack
-    ) -> str | TextStream:
-        """Generate after new tokens, in the work's memory, which then becomes the session's."""
+    def _say(self, turn: SessionTurn, options: dict[str, Any], stream: bool, running: ExitStack) -> str | TextStream:
+        """Generate after what is new, in the turn's memory, which then becomes the session's."""
         if stream and options.get("streamer") is not None:
             raise ValueError("`streamer`: with `stream=True` the session has its own. Leave out one of them.")
+        settings, learn = self._settle(options)
+        if turn.ends:
+            options.setdefault("eos_token_id", turn.eos_token_id(settings.eos_token_id))
+        work, ids = turn.memory, turn.ids
+        if turn.closing:
+            self._feed(work, turn.closing, own=True, learn=learn)
         width = max(len(ids), 1)  # without any, the token that waits
         # A mask over the history says that the ids are new, whatever they look like.
         mask = torch.ones(1, 1, dtype=torch.bool, device=self.model.device).expand(1, work.columns + width)
@@ -335,13 +316,6 @@ class HopeSession:
 
         return TextStream(self.tokenizer, say_piecewise)
 
-    def _close_answer(self, work: HopeCache, turns: ChatTurns, closing: list[int], learn: str) -> None:
-        """Read what ends the last answer, but for what the model has said itself."""
-        record = work.rows[0]
-        if work.notes[CONVERSATION] == OPEN:
-            last = record.pending if record.pending is not None else int(record.ids[-1])
-            self._feed(work, turns.unsaid(closing, last), own=True, learn=learn)
-
     @torch.no_grad()
     def _feed(self, work: HopeCache, ids: list[int], own: bool, learn: str) -> None:
         """Read tokens, after the one that waits to be read. `own`: they are the model's words, learned from as such."""
@@ -359,21 +333,13 @@ class HopeSession:
 
     def _chunks(self, blocks: Iterable[str], chunk: int) -> Iterator[tuple[list[int], int]]:
         """A text's tokens, at most `chunk` at a time, and the bytes that are done with them."""
-        ids = self._opening()
+        ids = opening(self.memory, self.tokenizer)
         for piece in text_pieces(blocks, drop_space=prepends_space(self.tokenizer)):
-            ids += self._tokens(piece)
+            ids += tokens_of(self.tokenizer, piece)
             size, parts = encoded_bytes(piece), [ids[start : start + chunk] for start in range(0, len(ids), chunk)]
             for index, part in enumerate(parts):
                 yield part, size * (index + 1) // len(parts) - size * index // len(parts)
             ids = []
-
-    def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-
-    def _opening(self) -> list[int]:
-        """What the tokenizer begins a text with, at the start of a stream; in the middle, nothing."""
-        bos = self.tokenizer.bos_token_id
-        return [bos] if not self._used and bos is not None and self.tokenizer("").input_ids[:1] == [bos] else []
 
     def _tensor(self, row: list[Any]) -> torch.Tensor:
         return torch.tensor([row], device=self.model.device)
@@ -382,12 +348,6 @@ class HopeSession:
         """The settings of a call with these options, and what it learns from."""
         others = {name: value for name, value in options.items() if name != "generation_config"}
         return self.model._settle(options.get("generation_config"), others)
-
-    def _ends(self, turns: ChatTurns, options: Mapping[str, Any]) -> list[int] | None:
-        """Tokens that end an answer: those that are known to, and those of the template."""
-        known = self._settle(options)[0].eos_token_id
-        known = [known] if isinstance(known, int) else list(known or [])
-        return list(dict.fromkeys([*known, *turns.ends()])) or None
 
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
         """Options that a session can take, and how much to say at most."""

@@ -15,6 +15,7 @@ from .cache_hope import OFFLOADED, HopeCache
 from .inputs import Inputs
 from .key_layout import Span
 from .learning import (
+    Pace,
     Stretch,
     act,
     connected_levels,
@@ -118,6 +119,7 @@ class Stream:
         for row, record in enumerate(self.cache.rows):
             if record.ids.device != inputs.device:
                 self.cache.rows[row] = replace(record, ids=record.ids.to(inputs.device))
+        self.pace = Pace.of(model.config)
         self.offsets = [0] * self.batch
         self.coming = [torch.zeros(length, dtype=torch.bool) for length in self.lengths]
         self.keep = True
@@ -127,8 +129,7 @@ class Stream:
     def learns(self) -> bool:
         """Whether something is learned or applied before the end of the call."""
         stretches = [
-            next_stretch(record, coming, self.model.config)
-            for record, coming in zip(self.cache.rows, self.coming, strict=True)
+            next_stretch(record, coming, self.pace) for record, coming in zip(self.cache.rows, self.coming, strict=True)
         ]
         return stretches != [Stretch(length) for length in self.lengths]
 
@@ -148,15 +149,14 @@ class Stream:
 
     def stretches(self) -> list[Stretch]:
         """What each row reads before something is learned or applied, or before the open segment that it will leave."""
-        config = self.model.config
         stretches = [
-            next_stretch(record, coming[offset:], config)
+            next_stretch(record, coming[offset:], self.pace)
             for record, coming, offset in zip(self.cache.rows, self.coming, self.offsets, strict=True)
         ]
-        if not self.keep or config.rewinds:
+        if not self.keep or self.pace.segment is None or self.model.config.rewinds:
             return stretches
         return [
-            stretch if stretch.learn else Stretch(to_last_segment(record.seen, stretch.length, config))
+            stretch if stretch.learn else Stretch(to_last_segment(record.seen, stretch.length, self.pace.segment))
             for record, stretch in zip(self.cache.rows, stretches, strict=True)
         ]
 
@@ -180,7 +180,14 @@ class Stream:
             embeds,
             span,
             self._states(rows),
-            run_weights(self.model, self.cache, rows, learn=False, constant=constant),
+            run_weights(
+                self.model,
+                self.cache,
+                rows,
+                learn=False,
+                constant=constant,
+                stacks=self.given.stacks if self.given is not None and width == 1 else None,
+            ),
             self.keep,
             self.home,
             run.hidden_states if hidden_states else None,
@@ -266,8 +273,9 @@ class Stream:
 
     def act(self) -> None:
         """Let the levels whose periods have ended, row by row, apply what they have gathered."""
-        for row in range(self.batch):
-            act(self.model, self.cache, row)
+        for row, record in enumerate(self.cache.rows):
+            if any(record.pairs):
+                act(self.model, self.cache, row)
 
     def assemble(self, runs: list[Run], parts: list[torch.Tensor]) -> torch.Tensor:
         """Runs' outputs `[rows, width of the run, ...]` as one packed batch, zero where nothing was read."""

@@ -1,1 +1,1 @@
-"""Serve a Hope model: sessions, each with a memory of its own."""
+"""Serving: a memory for every conversation, behind one model."""

@@ -12,6 +12,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 
 from modeling_hope import HopeCache, HopeSession, text_pieces
 from modeling_hope.chat_turns import ChatTurns
+from modeling_hope.session_turn import tokens_of
 
 from .conftest import CHATML, assert_same_memory, chat_tokenizer, random_ids, tiny_model
 
@@ -134,7 +135,7 @@ def test_what_generate_refuses(session):
 def test_beams_and_learning_policies(session):
     fork = session.fork()
     fork.generate(text(6), num_beams=3, max_new_tokens=5)
-    whole = session.model.generate(torch.tensor([fork._tokens(text(6))]), num_beams=3, max_new_tokens=5)
+    whole = session.model.generate(torch.tensor([tokens_of(fork.tokenizer, text(6))]), num_beams=3, max_new_tokens=5)
     assert stream_of(fork) == whole[0].tolist()
     learned = {}
     for learn in ("prompt", "all", "off"):
@@ -215,7 +216,7 @@ def test_sources_of_text(session, tmp_path, monkeypatch):
     (tmp_path / "text").write_text(words)
     expected = HopeCache(session.model.config)
     with torch.no_grad():
-        session.model(torch.tensor([session._tokens(words)]), past_key_values=expected, learn="all")
+        session.model(torch.tensor([tokens_of(session.tokenizer, words)]), past_key_values=expected, learn="all")
     sources = [words, tmp_path / "text", (tmp_path / "text").open(), (tmp_path / "text").open("rb")]
     sources += [io.StringIO(words), io.BytesIO(words.encode()), iter([*words]), [words[:100], "", words[100:]]]
     for source in sources:
@@ -241,7 +242,7 @@ def test_reading_after_generating_reads_the_last_word_once(session):
         fork.generate(text(5), max_new_tokens=3, learn=learn)
         said = stream_of(fork)
         fork.read(text(8, seed=1), learn=learn)
-        assert stream_of(fork) == said + fork._tokens(text(8, seed=1))
+        assert stream_of(fork) == said + tokens_of(fork.tokenizer, text(8, seed=1))
         expected, ids = HopeCache(session.model.config), torch.tensor([stream_of(fork)])
         told = (torch.arange(16) < 5) | (torch.arange(16) >= 8) | (learn == "all")
         with torch.no_grad():
@@ -258,7 +259,7 @@ def test_an_interrupted_reading_keeps_whole_calls(session, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         session.read(interrupted(), chunk=5)
-    words = session._tokens(text(60))
+    words = tokens_of(session.tokenizer, text(60))
     assert 0 < session.tokens < 60 and stream_of(session) == words[: session.tokens]
     session.read("w9")
     assert stream_of(session)[-1] == 9
