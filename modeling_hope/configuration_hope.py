@@ -161,7 +161,8 @@ class HopeConfig(PreTrainedConfig):
             Which of `"k"`, `"v"`, `"q"`, `"eta"`, `"alpha"` are made by memories of their own (Eq. 87). The others are
             static linear maps.
         memory_retention (`str`, defaults to `"initial"`):
-            Where decay leads: to the learned `"initial"` weights, or to `"zero"` (the paper).
+            What decay and the delta term lead to: the learned `"initial"` weights, so that only what was written is
+            forgotten and erased, or `"zero"` (the paper).
         memory_objective (`str`, defaults to `"l2"`):
             What a memory minimises: `"l2"`, 1/2 |M(k) - v|^2, or `"dot"`, -<M(k), v>.
         memory_depth (`int`, defaults to 2):

@@ -679,8 +679,9 @@ def test_a_backward_pass_inside_autocast(fields):
         loss = model(ids, labels=ids, use_cache=False).loss
     outside = gradients(loss, list(model.parameters()))
     assert memory.rows[0].updates[0] > 0
+    largest = max(gradient.norm() for gradient in outside)
     for ours, theirs in zip(inside, outside, strict=True):
-        assert (ours - theirs).norm() <= 0.1 * theirs.norm() + 1e-6
+        assert (ours - theirs).norm() <= 0.1 * theirs.norm() + 1e-4 * largest
 
 
 def test_a_bf16_model_remembers_in_float32():
