@@ -57,4 +57,7 @@ class MixerState:
         return self._map(lambda tensor: tensor.to(device, dtype))
 
     def _map(self: State, function) -> State:  # type: ignore[no-untyped-def]
-        return type(self)(**{name: function(tensor) for name, tensor in self.tensors.items()})
+        # Where two names hold one tensor, they go on doing so.
+        distinct = {id(tensor): tensor for tensor in self.tensors.values()}
+        mapped = {key: function(tensor) for key, tensor in distinct.items()}
+        return type(self)(**{name: mapped[id(tensor)] for name, tensor in self.tensors.items()})
