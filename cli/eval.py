@@ -6,7 +6,8 @@ All of lm-eval's subcommands and flags are there, and --model is hope unless it 
 
     memory=reset|stream     each document alone (as hf), or a task's documents one after the other with one memory
     read=question|question_and_answer|question_and_prediction|nothing
-                            with memory=stream: what of a document is read into the memory, after it was scored
+                            with memory=stream: what of a document is read into the memory, after it was scored; tasks that
+                            ask questions need it, unless their documents say it (class_incremental and ctnl do)
     separator="'\\n\\n'"      with memory=stream: text that is read between two documents
     learn=prompt|all|off    what is learned from (all: what the model says itself, too); unset, the model decides
     levels=0+1              the levels that may learn

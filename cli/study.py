@@ -24,6 +24,7 @@ STUDIES: dict[str, str] = {
     "test_time_learning": "frozen against learning perplexity over long documents",
     "formal_languages": "small models learn the formal languages of table 5",
     "mad": "small models on the tasks of MAD, table 4",
+    "ladder_documents": "the ladder's models on long documents, past what they were trained on",
     "optimizers": "the paper's optimizers on its two toys, Eq. 45 and 53, with tuned rivals",
     "continual": "classes that arrive some at a time: Hope, in-context learning, fine-tuning, EWC, replay",
 }

@@ -5,6 +5,7 @@ from .convert import convert, convert_checkpoint
 from .export import export_transformer
 from .recipe import Recipe
 from .report import ConversionReport
+from .tokenizer_files import load_tokenizer
 
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "convert",
     "convert_checkpoint",
     "export_transformer",
+    "load_tokenizer",
 ]

@@ -31,6 +31,24 @@ def read_tokenizer(place: str | Path) -> Any:
         ) from error
 
 
+def load_tokenizer(source: str | Path) -> Any:
+    """
+    The tokenizer of a checkpoint that `convert` takes: of a directory, a GGUF file, or a name on the hub.
+
+    Raises:
+        ValueError: there is none, or it does not load.
+    """
+    path = Path(source)
+    if path.suffix == ".gguf":
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = read_tokenizer(source)
+    if tokenizer is None:
+        raise ValueError(
+            f"{source} holds no tokenizer: none of {', '.join(FILES)} is there. Save one beside the model."
+        )
+    return tokenizer
+
+
 def check_vocabulary(tokenizer: Any, config: Any) -> None:
     """
     Nothing to check where there is no tokenizer, or the config has no `vocab_size`.

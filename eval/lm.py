@@ -17,6 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
+from .lm_cuts import count_cuts
 from .lm_documents import Document, delimited, documents_by_task, gold_index, gold_text, ranges, tell_tasks
 from .lm_settings import MemorySettings
 from .lm_stream import Plan, TaskStream, common_start
@@ -25,7 +26,6 @@ from .lm_stream import Plan, TaskStream, common_start
 # A bound for what has none: lm-eval counts with it.
 UNBOUNDED = 2**40
 
-tell_tasks()
 log = logging.getLogger("lm_eval.hope")
 
 
@@ -40,7 +40,8 @@ class HopeLM(HFLM):
     read into it, once. Log-likelihoods of whole texts and generation go on from what was read before as well.
 
     Contexts are never cut in a stream. With `"reset"` they are cut as `hf` cuts them, to the last `max_length` tokens,
-    which are `config.max_position_embeddings` unless it is given.
+    which are `config.max_position_embeddings` unless it is given; but a document that states a greater length as its
+    `max_length` (a needle's haystack) is refused, and how many others were cut is said in the results.
 
     Args:
         pretrained, **options: as of `lm_eval.models.huggingface.HFLM`.
@@ -77,7 +78,12 @@ class HopeLM(HFLM):
             raise
         self.settings.check_model(self.model.config)
         self.settings.check_processes(self.world_size)
+        if self.settings.streams:
+            tell_tasks()
         self.streams: dict[str, dict[str, Any]] = {}
+        self.cuts: dict[str, int] = {}
+        # Whether lm-eval is only to encode what it was asked to score.
+        self._encoding = False
         # What `_model_generate` goes on from, and how many tokens of the prompt it has read.
         self._asked: tuple[Any, int] | None = None
         if not self.settings.streams and not self._max_length and self._reads_on:
@@ -113,8 +119,10 @@ class HopeLM(HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """
-        For the results' `config`, as `hf` has it; and under `hope` how the memory was used, and what each stream has read:
-        the `order` is that of the evaluated documents, counted as lm-eval counts them.
+        For the results' `config`, as `hf` has it; and under `hope` how the memory was used, and
+        - in a stream what was read: of each task's documents, counted as lm-eval counts them, the `order`, and by `read`
+          those that the memory went on with;
+        - else, as `cut`, how many requests of each task lm-eval cut to what the model reads.
         """
         settings = self.settings
         learn = settings.learn or self._learn_by_default()
@@ -127,6 +135,8 @@ class HopeLM(HFLM):
         }
         if settings.streams:
             hope |= {"read": settings.read, "separator": settings.separator, "streams": self.streams}
+        else:
+            hope["cut"] = {task: count for task, count in self.cuts.items() if count}
         return {**super().get_model_info(), "hope": hope}
 
     def _learn_by_default(self) -> str:
@@ -140,15 +150,15 @@ class HopeLM(HFLM):
     def _learn(self) -> dict[str, str]:
         return {} if self.settings.learn is None else {"learn": self.settings.learn}
 
-    def _call(self, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    def _call(self, ids: torch.Tensor, **options: Any) -> Any:
         kind, dtype = self.device.type, self.mixed_precision_dtype
         with torch.no_grad(), torch.autocast(kind, dtype, enabled=dtype is not None):
-            return self.model(ids, **options, **self._learn).logits
+            return self.model(ids, **{**options, **self._learn})
 
     def _model_call(
         self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return self._call(inps) if self._learn else super()._model_call(inps, attn_mask, labels)
+        return self._call(inps).logits if self._learn else super()._model_call(inps, attn_mask, labels)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
         options |= self._learn
@@ -180,17 +190,22 @@ class HopeLM(HFLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         with self._levels():
-            found = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-            if not self.settings.streams:
-                return found
+            self._encoding = True
+            try:
+                found: list[Any] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+            finally:
+                self._encoding = False
             encoded = {id(request): pair for request, (_, *pair) in zip(requests, found, strict=True)}
-            return self._streamed(
-                requests, lambda each: self._choices(each, encoded), self._score_choices, disable_tqdm
-            )
+            if self.settings.streams:
+                return self._streamed(
+                    requests, lambda each: self._choices(each, encoded), self._score_choices, disable_tqdm
+                )
+            # The last token of an answer is scored, and not read.
+            self._count_cuts(requests, lambda each: sum(map(len, encoded[id(each)])) - 1)
+            return self._loglikelihood_tokens(found, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> list[Any]:
-        """Of a stream only the encoding is lm-eval's: `loglikelihood` gets it back as it is."""
-        return requests if self.settings.streams else super()._loglikelihood_tokens(requests, **options)
+        return requests if self._encoding else super()._loglikelihood_tokens(requests, **options)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         with self._levels():
@@ -203,9 +218,28 @@ class HopeLM(HFLM):
         if self._asked is not None:
             return super().generate_until(requests, disable_tqdm=disable_tqdm)
         with self._levels():
-            if not self.settings.streams:
-                return super().generate_until(requests, disable_tqdm=disable_tqdm)
-            return self._streamed(requests, self._prompts, self._answer_prompts, disable_tqdm)
+            if self.settings.streams:
+                return self._streamed(requests, self._prompts, self._answer_prompts, disable_tqdm)
+            self._count_cuts(requests, self._prompt_and_answer)
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def _prompt_and_answer(self, request: Instance) -> int:
+        """Tokens of a prompt to generate after, and those that may be generated."""
+        prompt, kwargs = request.args
+        ids, _ = self.tok_batch_encode([prompt])
+        return ids.shape[1] + int(normalize_gen_kwargs(kwargs, self.max_gen_toks)["max_gen_toks"])
+
+    def _count_cuts(self, requests: Sequence[Instance], size: Callable[[Instance], int]) -> None:
+        """Note which requests are cut, and refuse those that must not be; their `size` is in tokens."""
+        if self.backend != "causal":
+            return
+        once = {id(request): request for request in requests}.values()
+        remedy = (
+            "The model reads without bound: give max_length=... in --model_args."
+            if self._reads_on
+            else "Ask for shorter ones (--metadata '{\"lengths\": [...]}'), or give a model with windows (hope convert --window)."
+        )
+        self.cuts |= count_cuts(((request, size(request)) for request in once), self.max_length, remedy)
 
     # Streams
 
@@ -230,9 +264,13 @@ class HopeLM(HFLM):
                     for place, value in zip(places, values, strict=True):
                         results[place] = value
             row = stream.memory.summary()["rows"][0]
+            kept: dict[str, list[int]] = {}
+            for document, planned in pairs:
+                kept.setdefault(planned.read, []).append(document.doc_id)
             self.streams[name] = {
                 "documents": len(documents),
                 "order": ranges([document.doc_id for document in documents]),
+                "read": {read: ranges(numbers) for read, numbers in kept.items()},
                 "tokens": row["tokens"],
                 "segments_learned": row["segments_learned"],
                 "updates": [level["updates"] for level in row["levels"]],
@@ -251,7 +289,19 @@ class HopeLM(HFLM):
                     f"{bound}={limit:,}. Give {fewer}a model with windows (hope convert --window) or memory=reset; "
                     "max_length=... in --model_args lets it read further than it was trained to."
                 )
-            seen += plan.kept if self.settings.read != "nothing" else 0
+            seen += plan.grows_by
+
+    def _read_of(self, document: Document) -> str:
+        """What a stream goes on with of a question."""
+        read = document.read or self.settings.read
+        if read is None:
+            raise ValueError(
+                f"`read`: {document.name} asks a question, and nothing says what of it the memory is to go on with. Give, in "
+                "--model_args, read=question_and_answer (the right answer too, as examples in a prompt have it), "
+                "question_and_prediction (the model's own), nothing (every question is asked of a new memory), or question "
+                "(the question alone: a model that learns from it learns that no answer follows)."
+            )
+        return read
 
     @cached_property
     def _separator(self) -> list[int]:
@@ -275,18 +325,19 @@ class HopeLM(HFLM):
             shared = len(question) if index in asking else 0
             rows.append((context + continuation)[shared:])
             told.append(len(context) - shared)
-        plan = Plan(question, rows, told, asking)
-        if self.settings.read == "question_and_answer":
+        plan = Plan(question, rows, told, asking, self._read_of(document))
+        if plan.read == "question_and_answer":
             plan.answers = [gold_index(document)]
-        elif self.settings.read == "question_and_prediction":
+        elif plan.read == "question_and_prediction":
             if len(asking) == 1:
                 raise ValueError(
                     f"`read=question_and_prediction`: a single answer is scored, which is no prediction: {document.name}. Give "
                     "another `read`."
                 )
             plan.answers = asking
-        answer = max((len(rows[index]) for index in plan.answers), default=0)
-        plan.kept = len(question) + answer + len(self._separator)
+        if plan.read != "nothing":
+            answer = max((len(rows[index]) for index in plan.answers), default=0)
+            plan.grows_by = len(question) + answer + len(self._separator)
         return plan
 
     def _score_choices(self, stream: TaskStream, document: Document, plan: Plan) -> list[list[tuple[float, bool]]]:
@@ -299,12 +350,12 @@ class HopeLM(HFLM):
             found = stream.score_forks(memory, rows, told, before, int(self.batch_size))
             for index, start, (logprobs, greedy) in zip(indices, told, found, strict=True):
                 scores[index] = (float(logprobs[start:].sum()), bool(greedy[start:].all()))
-        if self.settings.read != "nothing":
+        if plan.read != "nothing":
             if plan.answers:
                 chosen = max(plan.answers, key=lambda index: scores[index][0])
                 row, start = plan.rows[chosen], plan.told[chosen]
                 stream.read(asked, row[:start])
-                stream.read(asked, row[start:], learn=self.settings.read == "question_and_answer" or self._own_words)
+                stream.read(asked, row[start:], learn=plan.read == "question_and_answer" or self._own_words)
             self._go_on(stream, asked)
         return [[scores[index]] * len(places) for index, places in enumerate(document.places)]
 
@@ -315,12 +366,14 @@ class HopeLM(HFLM):
     def _text(self, document: Document) -> Plan:
         """A text, after the prefix token that lm-eval begins each with."""
         ids = self.tok_encode(document.requests[0].args[0])
-        return Plan([], [[self.prefix_token_id, *ids]], [len(ids) + 1], [0], kept=len(ids) + 1)
+        read = document.read or self.settings.read or "question"
+        size = len(ids) + 1
+        return Plan([], [[self.prefix_token_id, *ids]], [size], [0], read, grows_by=0 if read == "nothing" else size)
 
     def _score_text(self, stream: TaskStream, document: Document, plan: Plan) -> list[list[float]]:
         memory = stream.memory.clone()
         [(logprobs, _)] = stream.score(memory, plan.rows, plan.told, read_last=True)
-        if self.settings.read != "nothing":
+        if plan.read != "nothing":
             stream.memory = memory
         return [[float(logprobs[1:].sum())] * len(places) for places in document.places]
 
@@ -336,13 +389,15 @@ class HopeLM(HFLM):
         question = shared[: min(map(len, prompts)) - 1]
         rows = [prompt[len(question) :] for prompt in prompts]
         kwargs = [normalize_gen_kwargs(request.args[1], self.max_gen_toks) for request in document.requests]
-        plan = Plan(question, rows, list(map(len, rows)), [], new=max(each["max_gen_toks"] for each in kwargs))
+        new = max(each["max_gen_toks"] for each in kwargs)
+        plan = Plan(question, rows, list(map(len, rows)), [], self._read_of(document), new=new)
         plan.rest = shared[len(question) :]
-        if self.settings.read == "question_and_answer":
+        if plan.read == "question_and_answer":
             first = document.requests[0]
             plan.rest = [*rows[0], *self._after(first.args[0], prompts[0], gold_text(first))]
-        said = len(rows[0]) + plan.new if self.settings.read == "question_and_prediction" else 0
-        plan.kept = len(question) + max(len(plan.rest), said) + len(self._separator)
+        said = len(rows[0]) + plan.new if plan.read == "question_and_prediction" else 0
+        if plan.read != "nothing":
+            plan.grows_by = len(question) + max(len(plan.rest), said) + len(self._separator)
         return plan
 
     def _after(self, context: str, prompt: list[int], answer: str) -> list[int]:
@@ -365,9 +420,9 @@ class HopeLM(HFLM):
                     answers[-1] += self.generate_until([request], disable_tqdm=True)
                 finally:
                     self._asked = None
-        if self.settings.read != "nothing":
+        if plan.read != "nothing":
             stream.read(asked, plan.rest)
-            if self.settings.read == "question_and_prediction":
+            if plan.read == "question_and_prediction":
                 first = document.requests[0]
                 stream.read(asked, plan.rows[0][len(plan.rest) :])
                 said = delimited(first, answers[0][0]) if answers[0][0] else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from itertools import groupby
@@ -11,6 +11,12 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 
+from .lm_settings import READS
+
+
+# Of a document, what a stream goes on with once it was answered: one of `READS`, before the setting `read`.
+READ_FIELD = "hope_read"
+
 
 def tell_tasks() -> None:
     """
@@ -18,6 +24,8 @@ def tell_tasks() -> None:
     answer is only the task can tell. `instance.cached`: they may come from lm-eval's cache of requests.
     """
     build = Task.build_all_requests
+    if getattr(build, "tells", False):
+        return
 
     @wraps(build)
     def build_and_tell(self: Any, **options: Any) -> None:
@@ -25,6 +33,7 @@ def tell_tasks() -> None:
         for instance in self.instances:
             instance.task, instance.cached = self, bool(options.get("cache_requests"))
 
+    build_and_tell.tells = True  # type: ignore[attr-defined]
     Task.build_all_requests = build_and_tell
 
 
@@ -56,6 +65,20 @@ class Document:
         """Requests that ask about the document; the others, without a context, how likely an answer is by itself."""
         asking = [index for index, request in enumerate(self.requests) if request.args[0]]
         return asking or list(range(len(self.requests)))
+
+    @property
+    def read(self) -> str | None:
+        """
+        What a stream goes on with, where the document says so itself.
+
+        Raises:
+            ValueError: it says what cannot be.
+        """
+        doc = self.requests[0].doc
+        read = doc.get(READ_FIELD) if isinstance(doc, Mapping) else None
+        if read not in (None, *READS):
+            raise ValueError(f"`{READ_FIELD}` of {self.name} must be one of {', '.join(READS)}, got {read!r}.")
+        return read
 
     @property
     def name(self) -> str:
@@ -112,7 +135,8 @@ def gold_index(document: Document) -> int:
     found = [index for index, request in enumerate(document.requests) if request.idx == gold]
     if not isinstance(gold, int) or not found:
         raise ValueError(
-            f"`read=question_and_answer`: {document.name}: the task does not say which answer is right. Give read=question."
+            f"`read=question_and_answer`: {document.name}: the task does not say which answer is right. Give another "
+            "`read`."
         )
     return found[0]
 
@@ -144,8 +168,8 @@ def _task(request: Instance) -> Any:
     task = getattr(request, "task", None)
     if task is None:
         raise ValueError(
-            "`read=question_and_answer` needs requests that lm-eval's tasks have built, for only a task knows its answers. "
-            "Give read=question."
+            "`read=question_and_answer` needs requests that lm-eval's tasks have built since the model was made, for only a "
+            "task knows its answers. Build them anew, or give another `read`."
         )
     return task
 

@@ -41,9 +41,10 @@ class MemorySettings:
     Attributes:
         memory: `"reset"`, each document alone, as the model type `hf` has it; `"stream"`, a task's documents are read
             one after the other with one memory.
-        read: with `"stream"`, what the memory goes on with: the `"question"` (the prompt; of rolling log-likelihoods the
-            text), `"question_and_answer"` (the gold one), `"question_and_prediction"` (the model's), or `"nothing"`:
-            every document is then met with a new memory.
+        read: with `"stream"`, what of a document the memory goes on with, where the document does not say so itself
+            (`lm_documents.Document.read`): the `"question"` (the prompt), `"question_and_answer"` (the gold one),
+            `"question_and_prediction"` (the model's), or `"nothing"`: every document is then met with a new memory.
+            Unset: a text of rolling log-likelihoods is read, and for a question that does not say it must be given.
         separator: with `"stream"`, text that is read after each document but those of rolling log-likelihoods, which
             begin with a prefix token.
         learn: what is learned from, as in `model.generate`: `"prompt"`, `"all"` or `"off"`. Unset: the model decides.
@@ -51,7 +52,7 @@ class MemorySettings:
     """
 
     memory: str = "reset"
-    read: str = "question"
+    read: str | None = None
     separator: str = "\n\n"
     learn: str | None = None
     levels: tuple[int, ...] | None = None
@@ -88,7 +89,7 @@ class MemorySettings:
         defaults = cls()
         return cls(
             memory,
-            defaults.read if read is None else read,
+            read,
             defaults.separator if separator is None else str(separator),
             learn,
             chosen,

@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from .reading import TOKENS_PER_CALL, feed
 
-TOKENS_PER_CALL = 512
 
 # A row's log-probabilities, `[tokens]`, and whether each was the most likely token, `[tokens]` bool.
 Scores = tuple[torch.Tensor, torch.Tensor]
@@ -27,20 +27,22 @@ class Plan:
         rows: of each request, what comes after it.
         told: how many tokens of each row belong to the question too; the others are an answer under test.
         asking: the requests whose rows come after the question. The others' are whole.
-        answers: rows one of which the memory goes on with, the most likely one.
+        read: what the memory goes on with, one of `lm_settings.READS`.
+        answers: rows one of which it goes on with, the most likely one.
         rest: tokens that it goes on with in any case.
         new: tokens that may be generated after a row.
-        kept: tokens that the memory has read more afterwards, at most.
+        grows_by: tokens that the memory has read more afterwards, at most.
     """
 
     question: list[int]
     rows: list[list[int]]
     told: list[int]
     asking: list[int]
+    read: str
     answers: list[int] = field(default_factory=list)
     rest: list[int] = field(default_factory=list)
     new: int = 0
-    kept: int = 0
+    grows_by: int = 0
 
     @property
     def longest(self) -> int:
@@ -53,7 +55,7 @@ class TaskStream:
     The memory of one task, which is read into, and read with.
 
     Args:
-        call: the model, `call(ids, past_key_values=..., ...)`, to its logits `[rows, width, vocab_size]`.
+        call: what the model is called by, as it is: `call(ids, past_key_values=..., ...)`, to its output.
         memory: an empty `HopeCache` of one row.
         device: of the ids.
         softmax_dtype: in which log-probabilities are computed; `None`: that of the logits.
@@ -61,7 +63,7 @@ class TaskStream:
 
     def __init__(
         self,
-        call: Callable[..., torch.Tensor],
+        call: Callable[..., Any],
         memory: Any,
         device: torch.device,
         softmax_dtype: torch.dtype | None = None,
@@ -75,12 +77,9 @@ class TaskStream:
         Returns:
             Logits after the last one, `[1, vocab_size]`; `None` where there was nothing to read.
         """
-        last = None
-        for start in range(0, len(ids), TOKENS_PER_CALL):
-            part = torch.tensor([list(ids[start : start + TOKENS_PER_CALL])], device=self.device)
-            marked = torch.full_like(part, learn)
-            last = self.call(part, past_key_values=memory, learn_mask=marked, logits_to_keep=1)[:, -1]
-        return last
+        given = torch.tensor(list(ids), dtype=torch.int64, device=self.device)
+        last = feed(self.call, memory, given, learn=None, learn_mask=torch.full_like(given, learn))
+        return None if last is None else last[None]
 
     def score(
         self,
@@ -129,7 +128,7 @@ class TaskStream:
                 attention_mask=real.to(self.device),
                 past_key_values=memory,
                 learn_mask=marked.to(self.device),
-            )
+            ).logits
             if last is None and start == 0:
                 note(torch.full_like(logits[:, :1], torch.nan), 0)
             note(logits, start + 1)

@@ -1,20 +1,13 @@
 """
-How much a model gains by learning from a document while it reads it.
-
-Perplexity by part of the document: frozen with a window, learning with the same window, and frozen at the native
-context. Every token's loss is taken before the model has learned from it.
-
-    python -m modeling_hope.eval.reading MODEL DOCUMENT... [--lr 0.05 0.1] [--periods 256] [--window 1024] [--native]
+Reading documents with a memory: how well each token was known before it was read, frozen with a window, learning with
+the same window, and frozen at the native context.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,6 +44,33 @@ class Reading:
 
 
 @torch.no_grad()
+def feed(
+    model: Callable[..., Any],
+    memory: HopeCache,
+    ids: torch.Tensor,
+    learn: str | None,
+    learn_mask: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """
+    Read tokens into a memory, some at a time.
+
+    Args:
+        model: a `HopeForCausalLM`, or what is called as one.
+        memory: of one row, changed.
+        ids: `[tokens]` int64, on the model's device.
+        learn: what is learned from, as the model's `learn`.
+        learn_mask: `[tokens]`, 0 for tokens not to be learned from.
+
+    Returns:
+        Logits after the last token, `[vocab_size]`; `None` where there was nothing to read.
+    """
+    last = None
+    for _, logits in _pieces(model, memory, ids, learn, learn_mask, logits_to_keep=1):
+        last = logits[-1]
+    return last
+
+
+@torch.no_grad()
 def read(
     model: HopeForCausalLM,
     ids: torch.Tensor,
@@ -60,7 +80,7 @@ def read(
     progress: Callable[[int, float], None] | None = None,
 ) -> Reading:
     """
-    Read a document once, from its start to its end.
+    Read a document once, from its start to its end. Every token's loss is taken before the model has learned from it.
 
     Args:
         ids: `[tokens]` int64.
@@ -71,17 +91,32 @@ def read(
     memory = HopeCache(model.config) if memory is None else memory
     losses: list[torch.Tensor] = []
     last: torch.Tensor | None = None
-    started = time.perf_counter()
-    for start in range(0, len(ids), TOKENS_PER_CALL):
-        part = ids[start : start + TOKENS_PER_CALL].to(model.device)
-        logits = model(part[None], past_key_values=memory, learn="all" if learn else "off").logits[0].float()
+    count, started = 0, time.perf_counter()
+    for part, logits in _pieces(model, memory, ids.to(model.device), "all" if learn else "off"):
+        logits = logits.float()
         before = logits[:-1] if last is None else torch.cat([last[None], logits[:-1]])
         losses.append(F.cross_entropy(before, part[len(part) - len(before) :], reduction="none"))
-        last = logits[-1]
+        last, count = logits[-1], count + len(part)
         if progress:
-            progress(start + len(part), float(losses[-1].mean()))
+            progress(count, float(losses[-1].mean()))
     seconds = time.perf_counter() - started
     return Reading(torch.cat(losses).tolist(), seconds, memory.summary()["rows"][0])
+
+
+def _pieces(
+    model: Callable[..., Any],
+    memory: HopeCache,
+    ids: torch.Tensor,
+    learn: str | None,
+    learn_mask: torch.Tensor | None = None,
+    **options: Any,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Tokens of each call, `[tokens]`, and the logits that were kept of it, `[kept, vocab_size]`."""
+    for start in range(0, len(ids), TOKENS_PER_CALL):
+        piece = slice(start, start + TOKENS_PER_CALL)
+        marked = None if learn_mask is None else learn_mask[None, piece]
+        output = model(ids[None, piece], past_key_values=memory, learn=learn, learn_mask=marked, **options)
+        yield ids[piece], output.logits[0]
 
 
 def read_as(kind: str, model: HopeForCausalLM, ids: torch.Tensor) -> Reading:
@@ -96,64 +131,21 @@ def at_native_context(model: HopeForCausalLM) -> HopeForCausalLM:
 
 def with_window(model: HopeForCausalLM, window: int) -> HopeForCausalLM:
     """
-    The same weights with another window, in the layers whose window keeps sinks: those without slid in the source.
+    The same weights with another window, in the layers that have everything in view, or a window that keeps sinks: those
+    without slid in the source.
 
     Args:
-        window: tokens in view.
+        window: tokens in view, besides sinks.
     """
     config = model.config
-    if not any(config.layer_sinks):
+    kinds, windows = list(config.layer_types or []), config.layer_windows
+    for layer, sinks in enumerate(config.layer_sinks):
+        if kinds[layer] == "full_attention" or sinks:
+            kinds[layer], windows[layer] = "sliding_attention", window
+    if windows == config.layer_windows:
         return model
-    layers = zip(config.layer_windows, config.layer_sinks, strict=True)
-    windows = [window if sinks else own for own, sinks in layers]
-    fields = {"sliding_window": window if len(set(windows)) == 1 else windows}
+    fields = {"layer_types": kinds, "sliding_window": window if len(set(windows)) == 1 else windows}
     with init.no_init_weights():
         other = HopeForCausalLM(HopeConfig.from_dict({**config.to_dict(), **fields}))
     other.load_state_dict(model.state_dict(), assign=True)
     return other.eval()
-
-
-def main() -> None:
-    from transformers import AutoTokenizer
-
-    from modeling_hope.conversion import convert
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a Llama-architecture checkpoint: directory or .gguf file")
-    parser.add_argument("documents", nargs="+", type=Path, help="text files")
-    parser.add_argument("--lr", nargs="+", type=float, default=[0.1], help="inner learning rates to compare")
-    parser.add_argument("--periods", type=lambda text: [int(p) for p in text.split(",")], default=[256])
-    parser.add_argument("--window", type=int, default=1024, help="tokens in view, besides 4 sinks")
-    parser.add_argument("--tokens", type=int, default=8192, help="tokens of each document to read")
-    parser.add_argument("--native", action="store_true", help="also read frozen at the native context")
-    parser.add_argument("--config", type=json.loads, default={}, help="further config fields, as JSON")
-    parser.add_argument("--json", type=Path, help="where to write the readings")
-    arguments = parser.parse_args()
-
-    path = Path(arguments.model)
-    gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    tokenizer = AutoTokenizer.from_pretrained(path.parent if gguf else path, **gguf)
-    model = convert(path, window=arguments.window, periods=arguments.periods, check=False, **arguments.config)
-    native = at_native_context(model) if arguments.native else None
-    results = []
-    print("document | reading | first half | second half | gain in second half | seconds", flush=True)
-    for document in arguments.documents:
-        ids = tokenizer(document.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0, : arguments.tokens]
-        frozen = read(model, ids, learn=False)
-        rows = [(f"frozen, window {arguments.window}", frozen)]
-        for rate in arguments.lr:
-            model.config.cms_learning_rates = rate
-            rows.append((f"learning, lr {rate}", read(model, ids, learn=True)))
-        if native is not None:
-            rows.append(("frozen, native context", read(native, ids, learn=False)))
-        for name, reading in rows:
-            gain = 1 - reading.perplexity(0.5) / frozen.perplexity(0.5)
-            halves = f"{reading.perplexity(0, 0.5):.3f} | {reading.perplexity(0.5):.3f}"
-            print(f"{document.stem} | {name} | {halves} | {gain:+.2%} | {reading.seconds:.0f}", flush=True)
-            results.append({"document": document.stem, "reading": name, "gain": gain, **asdict(reading)})
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -32,7 +32,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from modeling_hope.conversion import hub
+from modeling_hope.conversion import hub, load_tokenizer
 from modeling_hope.conversion.architecture import check_architecture
 from modeling_hope.conversion.checkpoint_files import SafetensorsFile
 from modeling_hope.conversion.source import open_source
@@ -364,6 +364,7 @@ def test_gguf_files(tmp_path, caplog, monkeypatch):
     check_architecture(source.config, SUPPORTED)  # it is not called quantized
     write_gguf(tmp_path / "mute.gguf", model, tokens=0)
     assert open_source(tmp_path / "mute.gguf").tokenizer is None
+    assert load_tokenizer(tmp_path / "good.gguf").get_vocab() == source.tokenizer.get_vocab()
     given = chat_tokenizer()
     assert open_source(tmp_path / "mute.gguf", tokenizer=given).tokenizer is given
     assert not caplog.records  # nothing a user cannot use is said
@@ -535,6 +536,8 @@ def test_a_tokenizer_that_the_model_has_no_rows_for_is_refused(checkpoint, tmp_p
         open_source(directory)
     with pytest.raises(ValueError, match="holds no tokenizer"):
         open_source(model, tokenizer=tmp_path)
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path)
 
 
 def test_architectures_that_hope_is_not_are_refused_by_name(tmp_path):

@@ -2,17 +2,17 @@
 
 import json
 import math
-from types import SimpleNamespace
+import re
+from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from modeling_hope.training import ladder
-from modeling_hope.training.ladder import RUNGS, config_of, count
-from modeling_hope.training.ladder_reading import long_documents, strided
+from modeling_hope.eval.studies import ladder_documents
+from modeling_hope.training import ladder, rungs
+from modeling_hope.training.ladder_runs import tuned_rates
 from modeling_hope.training.recipe import read_recipe
+from modeling_hope.training.rungs import RUNGS, config_of, count
 from modeling_hope.training.trainer import DivergedError
 
 
@@ -63,7 +63,7 @@ def test_a_small_ladder(tmp_path, monkeypatch, capsys):
     assert {name for name in places if name.startswith("hope")} >= {"hope_attention-inner-1", "hope_attention-inner-3"}
     ladder.main(["run", *shared, "--rungs", *names, "--seeds", "0"])
     of = ladder.Ladder(out, SMALL, 60000, [str(test)])
-    rates, inner = of.tuned("transformer"), of.tuned("hope_attention", inner=True)
+    rates, inner = tuned_rates(out, "transformer"), tuned_rates(out, "hope_attention", inner=True)
     assert len(rates) + len(inner) == len(places)
     best, best_inner = min(rates, key=rates.get), min(inner, key=inner.get)
 
@@ -78,8 +78,6 @@ def test_a_small_ladder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ladder, "train", diverge)  # nothing is run twice
     assert of._perplexity("transformer", 1e3, None) == math.inf  # the tuning goes on
     ladder.main(["run", *shared, "--rungs", *names, "--seeds", "0"])
-    monkeypatch.setattr(ladder, "LONG", 100)
-    ladder.main(["read", *shared])
     ladder.main(["report", *shared, "--results", str(results)])
     report = json.loads((results / "ladder.json").read_text())
     assert [(run["rung"], run["seed"], run["learning_rate"]) for run in report["runs"]] == [(n, 0, best) for n in names]
@@ -88,40 +86,25 @@ def test_a_small_ladder(tmp_path, monkeypatch, capsys):
         ("chunk_read", 0.003, 1)
     ]
     assert report["runs"][1]["config"]["cms_learning_rates"] == best_inner
-    assert [list(run["long_documents"]) for run in report["runs"]] == [["frozen"], ["frozen", "learning"]]
-    assert all(len(run["long_documents"]["frozen"]) == 1 for run in report["runs"])  # 0 to 64
     assert (results / "ladder.png").is_file()
+    documents = {"runs": str(out), "documents": [str(test)], "tokens": 100, "out": str(tmp_path / "long")}
+    assert ladder_documents.STUDY.run(ladder_documents.STUDY.settle(documents), say=lambda line: None)
+    found = json.loads((tmp_path / "long" / "ladder_documents.json").read_text())
+    assert [(each["rung"], each["reading"]) for each in found["perplexity"]] == [
+        ("transformer", "frozen"),
+        ("hope_attention", "frozen"),
+        ("hope_attention", "learning"),
+    ]
+    for name in names:
+        model, _ = ladder_documents.load_run(str(out / f"{name}-0"), "cpu")
+        assert model.config.layer_windows == [SMALL["sequence_length"]] and model.config.layer_sinks == [0]
     written = capsys.readouterr().out
     assert "| hope_attention | attention, and three levels that learn" in written
-    assert "| hope_attention | learning |" in written
 
 
-def test_a_transformer_reads_long_documents_in_windows_that_overlap_by_half():
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    ).eval()
-    ids = torch.randint(50, (22,))
-    with torch.no_grad():
-        found = strided(model, ids, 8)
-        for target, loss in enumerate(found.tolist(), 1):
-            start = max((target - 4) // 4 * 4, 0)
-            logits = model(ids[None, start:target]).logits[0, -1]
-            assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, ids[target]).item(), abs=1e-5)
-        whole = torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none")
-        torch.testing.assert_close(strided(model, ids, 22), whole)
-    assert len(found) == 21
-
-
-def test_long_documents_are_chosen_by_their_text_alone(tmp_path):
-    for name in "abc":
-        (tmp_path / f"{name}.txt").write_text(name * (30 if name != "c" else 3))
-
-    def tokenizer(text):
-        return SimpleNamespace(input_ids=list(text.encode()))
-
-    chosen = long_documents([str(tmp_path)], tokenizer, 20, 5)
-    assert sorted(ids[0].item() for ids in chosen) == [97, 98] and all(len(ids) == 20 for ids in chosen)
-    assert len(long_documents([str(tmp_path)], tokenizer, 20, 1)) == 1
-    with pytest.raises(ValueError, match="`test`: no document has 40 tokens"):
-        long_documents([str(tmp_path)], tokenizer, 40, 5)
+def test_what_evaluates_knows_what_was_trained_and_not_what_trains():
+    """And training knows nothing of evaluation."""
+    for folder, forbidden in (("training", r"eval"), ("eval", r"training\.(ladder|train|trainer|data)")):
+        for path in (Path(__file__).parents[1] / folder).rglob("*.py"):
+            assert not re.search(rf"(from|import) modeling_hope\.{forbidden}\b", path.read_text()), path
+    assert "from ." not in Path(rungs.__file__).read_text()

@@ -1,5 +1,6 @@
 """lm-eval's model type `hope`: as `hf` where each document is alone, and as a loop by hand where they are a stream."""
 
+import inspect
 import json
 from functools import partialmethod
 from importlib.metadata import version
@@ -12,6 +13,7 @@ import yaml
 from datasets import Dataset
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch.nn import functional as F
@@ -140,6 +142,15 @@ def test_documents_that_are_alone_give_what_hf_gives_exactly(model, learns):
             assert_near(responses, first[name])
 
 
+def test_what_is_cut_is_cut_as_hf_does_it_and_counted():
+    model, shared = tiny_model(), {"tokenizer": tokenizer(), "max_length": 8, "batch_size": 2}
+    results, found = evaluate(HopeLM(model, **shared), ALL)
+    assert found == evaluate(HFLM(model, **shared), ALL)[1]
+    # Contexts of 5, 11, 3 and 6 words; answers of 1 to 3, or 5. A text is scored in windows, and loses nothing.
+    assert results["config"]["hope"]["cut"] == {"choices": 3, "targets": 1, "answers": 3}
+    assert evaluate(HopeLM(model, **shared | {"max_length": 20}), ALL)[0]["config"]["hope"]["cut"] == {}
+
+
 def test_what_learns_is_chosen(model):
     rates = list(model.config.cms_learning_rates)
 
@@ -210,13 +221,57 @@ def test_a_stream_of_questions_is_a_loop_over_documents(model, read, options, si
         assert about["version"] == version("hope-transformers")
 
 
-@pytest.mark.parametrize("read", ["question", "nothing"])
+def saying(*reads):
+    """The documents, of which each says itself what of it a stream goes on with."""
+    told = [{**document, "hope_read": reads[index % len(reads)]} for index, document in enumerate(DOCUMENTS)]
+    return lambda **metadata: {"test": Dataset.from_list(told)}
+
+
+@pytest.mark.parametrize("each", ALL, ids=lambda each: each["output_type"])
+def test_a_document_says_itself_what_a_stream_goes_on_with(model, each):
+    # Its own word goes before the setting's.
+    mixed = {"custom_dataset": saying("nothing", "question", "nothing", "question_and_answer")}
+    results, found = evaluate(hope(model, memory="stream", read="question_and_prediction"), [each | mixed])
+    kept = {"nothing": "0, 2", "question": "1", "question_and_answer": "3"}
+    [about] = results["config"]["hope"]["streams"].values()
+    assert about["read"] == kept and results["config"]["hope"]["read"] == "question_and_prediction"
+
+    def alone(reads, places):
+        docs = [{**DOCUMENTS[place], "hope_read": read} for read, place in zip(reads, places, strict=True)]
+        only = {"custom_dataset": lambda **metadata: {"test": Dataset.from_list(docs)}}
+        results, found = evaluate(hope(model, memory="stream"), [each | only])
+        [about] = results["config"]["hope"]["streams"].values()
+        return found[each["task"]], about["tokens"]
+
+    # What is not kept is as if it had never been asked.
+    without, tokens = alone(["question", "question_and_answer"], [1, 3])
+    assert_near([found[each["task"]][place] for place in (1, 3)], without)
+    assert about["tokens"] == tokens
+    assert_near(found[each["task"]][0], alone(["nothing"], [0])[0][0])
+    assert_near(found[each["task"]][2], alone(["question", "nothing"], [1, 2])[0][1])
+
+
+def test_only_a_stream_has_lm_eval_tell_whose_its_requests_are(model, monkeypatch):
+    build = inspect.unwrap(Task.build_all_requests)
+    _, *options = inspect.signature(build).parameters.values()
+    assert all(each.kind is inspect.Parameter.KEYWORD_ONLY for each in options)
+    assert "cache_requests" in {each.name for each in options}
+    monkeypatch.setattr(Task, "build_all_requests", build)
+    hope(model)
+    assert Task.build_all_requests is build
+    hope(model, memory="stream")
+    telling = Task.build_all_requests
+    hope(model, memory="stream")
+    assert Task.build_all_requests is telling is not build and inspect.unwrap(telling) is build
+
+
+@pytest.mark.parametrize("read", [None, "nothing"])
 def test_a_stream_of_texts_goes_on_from_text_to_text(model, read):
     memory, expected = HopeCache(model.config), []
     lm = hope(model, memory="stream", read=read)
     for document in DOCUMENTS:
         ids = [lm.prefix_token_id, *ids_of(document["text"])]
-        logprobs = forward(model, memory if read == "question" else HopeCache(model.config), ids)[:-1]
+        logprobs = forward(model, HopeCache(model.config) if read else memory, ids)[:-1]
         expected.append([[float(logprobs.gather(1, torch.tensor(ids[1:])[:, None]).sum())]])
     results, found = evaluate(lm, [TEXTS])
     assert_near(found["texts"], expected)
@@ -279,7 +334,7 @@ def test_each_task_has_a_memory_of_its_own_and_each_document_is_read_once(model)
 
 
 def test_the_first_document_of_a_stream_is_as_if_alone(model):
-    together, alone = hope(model, memory="stream", batch_size=2), hope(model)
+    together, alone = hope(model, memory="stream", read="question", batch_size=2), hope(model)
     (_, first), (_, expected) = evaluate(together, ALL, limit=1), evaluate(alone, ALL, limit=1)
     for name, responses in expected.items():
         assert_near(first[name], responses)
@@ -309,7 +364,7 @@ def test_questions_that_are_asked_by_several_contexts(model):
 
 
 def test_answers_by_themselves_are_scored_without_their_question(model):
-    lm = hope(model, memory="stream", batch_size=4)
+    lm = hope(model, memory="stream", read="question", batch_size=4)
     metrics = [{"metric": "acc"}, {"metric": "acc_mutual_info"}]
     _, found = evaluate(lm, [CHOICES | {"metric_list": metrics}], limit=2)
     memory = HopeCache(model.config)
@@ -327,12 +382,13 @@ def test_adapters_and_narrow_numbers():
     model = tiny_model(dtype=torch.float32)
     config = peft.LoraConfig(r=2, target_modules=["up_proj", "down_proj"], init_lora_weights=False)
     lora = peft.get_peft_model(model, config).eval()
-    lm = hope(lora, memory="stream", learn="prompt", batch_size=2)
-    results, found = evaluate(lm, ALL)
-    merged, expected = evaluate(hope(lora.merge_and_unload(), memory="stream", learn="prompt", batch_size=2), ALL)
+    options = {"memory": "stream", "read": "question", "learn": "prompt", "batch_size": 2}
+    results, found = evaluate(hope(lora, **options), ALL)
+    merged, expected = evaluate(hope(lora.merge_and_unload(), **options), ALL)
     assert flat(found["choices"])[0] == pytest.approx(flat(expected["choices"])[0], abs=1e-3)
     assert results["config"]["hope"] == merged["config"]["hope"] != {}
-    half = hope(tiny_model(dtype=torch.bfloat16), memory="stream", softmax_dtype="float32", batch_size=3)
+    options |= {"softmax_dtype": "float32", "batch_size": 3}
+    half = hope(tiny_model(dtype=torch.bfloat16), **options)
     assert all(torch.isfinite(torch.tensor(flat(evaluate(half, [CHOICES, TEXTS])[1]["choices"])[0])))
 
 
@@ -374,6 +430,11 @@ def test_what_a_stream_cannot_be_is_refused(model, monkeypatch, tmp_path):
     monkeypatch.setattr("lm_eval.api.task.save_to_cache", lambda **_: None)
     with pytest.raises(ValueError, match="`cache_requests` cannot be"):
         evaluate(lm, [CHOICES], cache_requests=True)
+    for each in (CHOICES, TARGETS, ANSWERS):
+        with pytest.raises(ValueError, match=r"`read`: task .*, document 0 asks a question, and nothing says"):
+            evaluate(lm, [each])
+    with pytest.raises(ValueError, match=r"`hope_read` of task texts, document 0 must be one of question, .*got 'all'"):
+        evaluate(lm, [TEXTS | {"custom_dataset": saying("all")}])
     with pytest.raises(ValueError, match="name their task and document"):
         lm.loglikelihood([Instance("loglikelihood", {}, ("w10", " w11"), 0)])
     with pytest.raises(ValueError, match="single answer is scored"):
@@ -391,10 +452,13 @@ def test_a_stream_that_grows_beyond_what_the_model_attends_to(model):
     for each in ALL:
         if full:
             with pytest.raises(ValueError, match=r"document \d.* attends to max_position_embeddings=24.*--limit \d"):
-                evaluate(hope(model, memory="stream"), [each])
+                evaluate(hope(model, memory="stream", read="question"), [each])
         with pytest.raises(ValueError, match="max_length=20"):
-            evaluate(hope(model, memory="stream", max_length=20), [each])
-    evaluate(hope(model, memory="stream", **({"max_length": 1000} if full else {})), [CHOICES])
+            evaluate(hope(model, memory="stream", read="question", max_length=20), [each])
+    longer = {"max_length": 1000} if full else {}
+    evaluate(hope(model, memory="stream", read="question", **longer), [CHOICES])
+    # What is not read on does not count.
+    evaluate(hope(model, memory="stream", read="nothing", max_length=20), ALL)
 
 
 def test_orders_are_written_as_ranges():
@@ -515,5 +579,5 @@ def test_groups_of_the_paper_name_tasks_that_lm_eval_has():
 def test_settings_as_a_command_line_has_them():
     given = {"memory": "stream", "levels": "0+2", "separator": 7}
     settings = MemorySettings.of_command(given, {})
-    assert (settings.levels, settings.learn, settings.read, settings.separator) == ((0, 2), "prompt", "question", "7")
+    assert (settings.levels, settings.learn, settings.read, settings.separator) == ((0, 2), "prompt", None, "7")
     assert MemorySettings.of_command({"levels": [1, 0]}, {"use_cache": "kept"}).levels == (0, 1)

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from modeling_hope.eval.documents import fetch_wheel
-
 from .corpus_sources import Source
 from .debian import Apt, Mirror, files_in, resolve
+from .wheels import fetch_wheel
 
 
 @dataclass(frozen=True)

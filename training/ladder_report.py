@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-from .ladder_reading import PARTS, READING
+from .ladder_runs import finished_runs, run_place, tuned_rates
 from .markdown_table import markdown_table
 from .plots import new_figure, save_figure
 from .recipe import SAVED
 from .run_directory import RESULT
 from .run_log import FIGURES
+from .rungs import RUNGS
 
-
-if TYPE_CHECKING:
-    from .ladder import Ladder, Rung
 
 Run = dict[str, Any]
 WINDOW = 10  # logged losses that a curve is smoothed over
@@ -30,12 +26,6 @@ ABOUT = """# The ladder
 Perplexity of test text after the same tokens, at equal parameters: the mean over seeds, and each seed's in brackets;
 and with levels learning as they read, where a model has some. Memories have a short convolution and an output gate, the
 Transformer has none, as in the literature. What a memory holds besides its parameters, a row's state, is not counted.
-"""
-LONG = """
-## Long documents
-
-Perplexity by how much of a document has been read, in tokens, of test documents that are longer than what was trained
-on: the mean over seeds. Attention sees as many tokens as it was trained on, memories read on without a bound.
 """
 ABLATIONS = """
 ## A part less, or one more
@@ -50,36 +40,34 @@ Perplexity of validation text after a fifth of the tokens.
 HEAD = ["", "what it is", "perplexity", "learning", "learning rate", "tokens/s", "peak MiB", "parameters"]
 
 
-def write_report(ladder: Ladder, rungs: dict[str, Rung], out: Path) -> None:
+def write_report(ladder: Path, recipe: dict[str, Any], out: Path) -> None:
     """
-    Write what the runs that came to their end have found.
+    Write what the runs in the ladder's directory that came to their end have found.
 
     Raises:
         ValueError: none has.
     """
-    runs = _runs(ladder, ladder.out)
+    runs = _runs(ladder)
     if not runs:
-        raise ValueError(f"`out`: no run of the ladder in {ladder.out} has come to its end. Run `ladder run` first.")
-    defaults = _runs(ladder, ladder.out / "defaults")
-    tuning = {name: found for name in rungs if (found := ladder.tuned(name))}
-    inner = {name: found for name in rungs if (found := ladder.tuned(name, inner=True))}
-    text = "\n".join(_sections(rungs, runs, defaults, tuning, inner)) + "\n"
-    report = {"recipe": ladder.recipe, "tuning": tuning, "inner_tuning": inner, "runs": runs, "defaults": defaults}
+        raise ValueError(f"`out`: no run of the ladder in {ladder} has come to its end. Run `ladder run` first.")
+    defaults = _runs(ladder / "defaults")
+    tuning = {name: found for name in RUNGS if (found := tuned_rates(ladder, name))}
+    inner = {name: found for name in RUNGS if (found := tuned_rates(ladder, name, inner=True))}
+    text = "\n".join(_sections(runs, defaults, tuning, inner)) + "\n"
+    report = {"recipe": recipe, "tuning": tuning, "inner_tuning": inner, "runs": runs, "defaults": defaults}
     out.mkdir(parents=True, exist_ok=True)
     (out / "ladder.json").write_text(json.dumps(report, indent=1) + "\n")
     (out / "ladder.md").write_text(text)
-    _plot(ladder, runs, rungs, out / "ladder.png")
+    _plot(ladder, runs, out / "ladder.png")
     print(text)
 
 
-def _runs(ladder: Ladder, of: Path) -> list[Run]:
+def _runs(out: Path) -> list[Run]:
     found = []
-    for name, seed, place in ladder.finished(of):
+    for name, seed, place in finished_runs(out):
         recipe = yaml.safe_load((place / SAVED).read_text())
         result = json.loads((place / RESULT).read_text())
         kept = {key: value for key, value in result.items() if key != "seconds" and not key.startswith("memory/")}
-        if (place / READING).is_file():
-            kept["long_documents"] = json.loads((place / READING).read_text())
         found.append({"rung": name, "seed": seed, **{key: recipe[key] for key in ("learning_rate", "config")}, **kept})
     return found
 
@@ -89,36 +77,24 @@ def _of(runs: Iterable[Run], name: str) -> list[Run]:
 
 
 def _sections(
-    rungs: dict[str, Rung], runs: Sequence[Run], defaults: Sequence[Run], tuning: dict[str, Any], inner: dict[str, Any]
+    runs: Sequence[Run], defaults: Sequence[Run], tuning: dict[str, Any], inner: dict[str, Any]
 ) -> Iterable[str]:
     whole = "self_referential"
-    yield from (ABOUT, _table(rungs, runs, [name for name in rungs if rungs[name].kind == "step"]))
-    yield from (LONG, _long(rungs, runs))
-    yield from (ABLATIONS, _table(rungs, runs, [whole, *(name for name in rungs if rungs[name].kind == "ablation")]))
-    yield from (DEFAULTS, _table(rungs, defaults, [whole, *(name for name in rungs if rungs[name].kind == "defaults")]))
+    yield from (ABOUT, _table(runs, [name for name in RUNGS if RUNGS[name].kind == "step"]))
+    yield from (ABLATIONS, _table(runs, [whole, *(name for name in RUNGS if RUNGS[name].kind == "ablation")]))
+    yield from (DEFAULTS, _table(defaults, [whole, *(name for name in RUNGS if RUNGS[name].kind == "defaults")]))
     yield "\n## Learning rates\n\nPerplexity of validation text after a fifth of the tokens, seed 0.\n"
     yield _by_rate(tuning)
     yield "\nThe levels' own, perplexity while they learn:\n"
     yield _by_rate(inner)
 
 
-def _table(rungs: dict[str, Rung], runs: Sequence[Run], names: Sequence[str]) -> str:
-    rows = [_row(name, rungs[name].about, found) for name in names if (found := _of(runs, name))]
+def _table(runs: Sequence[Run], names: Sequence[str]) -> str:
+    rows = [_row(name, found) for name in names if (found := _of(runs, name))]
     return markdown_table(HEAD, rows, names=2)
 
 
-def _long(rungs: dict[str, Rung], runs: Sequence[Run]) -> str:
-    rows = []
-    for name in rungs:
-        readings = [run["long_documents"] for run in _of(runs, name) if "long_documents" in run]
-        for kind in ("frozen", "learning"):
-            if losses := [reading[kind] for reading in readings if kind in reading]:
-                rows.append([name, kind, *(f"{math.exp(mean(part)):.2f}" for part in zip(*losses, strict=True))])
-    head = [f"{start:,} to {end:,}" for start, end in pairwise(PARTS)]
-    return markdown_table(["", "", *head[: max((len(row) - 2 for row in rows), default=0)]], rows, names=2)
-
-
-def _row(name: str, about: str, runs: Sequence[Run]) -> list[str]:
+def _row(name: str, runs: Sequence[Run]) -> list[str]:
     def each(key: str, form: str, seeds: bool) -> str:
         found = [run[key] for run in runs if run.get(key) is not None]
         by_seed = f" ({', '.join(f'{value:{form}}' for value in found)})" if seeds else ""
@@ -127,7 +103,7 @@ def _row(name: str, about: str, runs: Sequence[Run]) -> list[str]:
     perplexities = [each(key, ".2f", seeds=True) for key in ("eval_perplexity", "eval_perplexity_learning")]
     costs = [each(key, ",.0f", seeds=False) for key in ("tokens_per_second", "peak_MiB")]
     rate, size = f"{runs[0]['learning_rate']:g}", f"{runs[0]['parameters']:,}"
-    return [name, about, *perplexities, rate, *costs, size]
+    return [name, RUNGS[name].about, *perplexities, rate, *costs, size]
 
 
 def _by_rate(tuning: dict[str, dict[float, float]]) -> str:
@@ -138,8 +114,8 @@ def _by_rate(tuning: dict[str, dict[float, float]]) -> str:
     return markdown_table(["", *(f"{rate:g}" for rate in rates)], rows)
 
 
-def _plot(ladder: Ladder, runs: Sequence[Run], rungs: dict[str, Rung], path: Path) -> None:
-    names = [name for name in rungs if _of(runs, name)]
+def _plot(ladder: Path, runs: Sequence[Run], path: Path) -> None:
+    names = [name for name in RUNGS if _of(runs, name)]
     figure, (left, right) = new_figure(1, 2, size=(12, 5))
     kinds = {"eval_perplexity": ("black", "as trained"), "eval_perplexity_learning": ("tab:green", "learning")}
     for key, (colour, label) in kinds.items():
@@ -151,8 +127,8 @@ def _plot(ladder: Ladder, runs: Sequence[Run], rungs: dict[str, Rung], path: Pat
     left.set_xlabel("perplexity of test text, a point for each seed")
     left.legend(frameon=False)
     for name in names:
-        if rungs[name].kind == "step":
-            curves = [_curve(ladder.place(name, run["seed"])) for run in _of(runs, name)]
+        if RUNGS[name].kind == "step":
+            curves = [_curve(run_place(ladder, name, run["seed"])) for run in _of(runs, name)]
             points = [(at[0][0], mean(loss for _, loss in at)) for at in zip(*curves, strict=False)]
             right.plot(*zip(*points, strict=True), label=name, linewidth=1)
     right.set_xlabel("steps")

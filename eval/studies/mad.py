@@ -13,10 +13,10 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 
 from modeling_hope import HopeConfig, HopeForCausalLM, HopeModel
-from modeling_hope.training.ladder import ATTENTION, SELF, count
 from modeling_hope.training.markdown_table import markdown_table
 from modeling_hope.training.options import option
 from modeling_hope.training.plots import grouped_bars, new_figure, save_figure
+from modeling_hope.training.rungs import ATTENTION, SELF, count
 
 from ..generators.mad import TASKS, TEST_SEQUENCES, Setting, Task, sequences
 from .small_models import STEPS, Data, Protocol, check_rungs, forget_checkpoints, rung_config, score, tune

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from modeling_hope import HopeConfig
-from modeling_hope.training.ladder import ATTENTION, RUNGS, SELF, config_of
+from modeling_hope.training.rungs import ATTENTION, RUNGS, SELF, config_of
 
 
 CHECKPOINT = "checkpoint.pt"

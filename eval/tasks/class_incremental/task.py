@@ -105,4 +105,6 @@ def _told(example: Example) -> str:
 
 
 def _doc(text: str, label: str, after: int, task: int) -> Doc:
-    return {"text": text, "label": label, "after": after, "task": task}
+    """Examples are what a stream's memory goes on with: nobody told it the answers to questions."""
+    read = "question" if task < 0 else "nothing"
+    return {"text": text, "label": label, "after": after, "task": task, "hope_read": read}

@@ -78,4 +78,6 @@ def _told(course: Course, pair: Pair) -> str:
 
 
 def _doc(text: str, english: str, language: int) -> Doc:
-    return {"text": text, "english": english, "language": language}
+    """What is told is what a stream's memory goes on with: nobody told it the answers to questions."""
+    read = "question" if language < 0 else "nothing"
+    return {"text": text, "english": english, "language": language, "hope_read": read}
