@@ -49,6 +49,9 @@ class MixerState:
             placed[name] = tensor.index_copy(0, rows, part)
         return type(self)(**placed)
 
+    def clone(self: State) -> State:
+        return self._map(torch.Tensor.clone)
+
     def detach(self: State) -> State:
         return self._map(torch.Tensor.detach)
 

@@ -57,8 +57,8 @@ class MemoryState(MixerState):
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> MemoryState:
         """The fast weights stay in float32 or better."""
         wide = None if dtype is None else torch.promote_types(dtype, torch.float32)
-        moved = {name: tensor.to(device, dtype if name == "conv" else wide) for name, tensor in self.tensors.items()}
-        return MemoryState(**moved)
+        moved = self._map(lambda tensor: tensor.to(device, wide)).tensors
+        return MemoryState(**{**moved, "conv": self.tensors["conv"].to(device, dtype)})
 
 
 class Group(NamedTuple):
