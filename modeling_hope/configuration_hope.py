@@ -29,6 +29,7 @@ NORM_PLACEMENTS = ("pre", "post", "both")
 QK_NORMS = ("head", "all")
 ROPES = ("global", "local")
 LARGEST_MEMORY_HEAD = 256  # the widest head that kernels serve
+PROJECTION_CHUNK = 256  # tokens; small changes of a memory grow with every renewal of what makes its keys and values
 ROPE_FIELDS = ("rope_parameters", "local_rope_parameters")
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -154,14 +155,16 @@ class HopeConfig(PreTrainedConfig):
             Tokens after which the main memory's new weights are used by what is computed from it (Eq. 90).
         projection_chunk_size (`int`, *optional*):
             The same for the memories that make keys, values, rates and decays; one of the two is a multiple of the
-            other. Unset: `memory_chunk_size`.
+            other. Each renewal of these multiplies small differences, and gradients through time with them. Unset: the
+            largest multiple of `memory_chunk_size` up to 256.
         memory_read (`str`, defaults to `"token"`):
             `"token"` reads the main memory as the token before left it; `"chunk"` as the chunk found it (Eq. 86).
         adaptive_projections (`list[str]`, defaults to `["k", "v", "eta", "alpha"]`):
             Which of `"k"`, `"v"`, `"q"`, `"eta"`, `"alpha"` are made by memories of their own (Eq. 87). The others are
             static linear maps.
         memory_retention (`str`, defaults to `"initial"`):
-            Where decay leads: to the learned `"initial"` weights, or to `"zero"` (the paper).
+            What decay and the delta term lead to: the learned `"initial"` weights, so that only what was written is
+            forgotten and erased, or `"zero"` (the paper).
         memory_objective (`str`, defaults to `"l2"`):
             What a memory minimises: `"l2"`, 1/2 |M(k) - v|^2, or `"dot"`, -<M(k), v>.
         memory_depth (`int`, defaults to 2):
@@ -172,7 +175,7 @@ class HopeConfig(PreTrainedConfig):
             `"l2"` and no delta term only the gradients erase, all from the chunk's start, and a key that fills a chunk
             amplifies above `2 / memory_chunk_size`.
         memory_initial_rate (`float`, *optional*):
-            Inner rate b that a new model's memories begin with. Unset: 0.02, or half of `memory_max_rate` where that is less.
+            Inner rate b that a new model's memories begin with. Unset: 0.025, or half of `memory_max_rate` where that is less.
         memory_initial_decay, memory_initial_momentum (`float`, default to 0.9995 and 0.1):
             The same of alpha and of the momentum.
         memory_delta_decay (`bool`, defaults to `True`):
@@ -353,11 +356,12 @@ class HopeConfig(PreTrainedConfig):
         if self.memory_hidden_size is None:
             self.memory_hidden_size = max(self.memory_head_dim // 2, 1)
         if self.projection_chunk_size is None:
-            self.projection_chunk_size = self.memory_chunk_size
+            chunks = PROJECTION_CHUNK // max(self.memory_chunk_size, 1)
+            self.projection_chunk_size = self.memory_chunk_size * max(chunks, 1)
         if self.memory_max_rate is None:
             self.memory_max_rate = 1.0 if self.memory_erases_twice else 2.0
         if self.memory_initial_rate is None:
-            self.memory_initial_rate = min(0.02, self.memory_max_rate / 2)
+            self.memory_initial_rate = min(0.025, self.memory_max_rate / 2)
         self.adaptive_projections = [name for name in PROJECTIONS if name in self.adaptive_projections] + [
             name for name in self.adaptive_projections if name not in PROJECTIONS
         ]

@@ -3,13 +3,14 @@ The gated delta rule over one chunk, in parallel form: the operation that writes
 
 For a state W `[out, in]`, keys k_t, rates b_t and decays alpha_t, a chunk of C tokens does
 
-    W_t = alpha_t (W_{t-1} - u_t k_t^T) + (1 - alpha_t) R,     u_t = e_t W_{t-1} k_t + b_t g_t
+    W_t = alpha_t (W_{t-1} - u_t k_t^T) + (1 - alpha_t) R,     u_t = e_t (W_{t-1} - R) k_t + b_t g_t
 
-(eta_t = alpha_t b_t of Eq. 88; e_t = b_t / |k_t|^2 makes the delta term erase along the unit key). With
-Lambda_t = alpha_1 ... alpha_t, the u_t of a chunk solve one unit-triangular system,
+(eta_t = alpha_t b_t of Eq. 88; e_t = b_t / |k_t|^2 makes the delta term erase along the unit key). What decays and is
+erased is the change from R, where the paper has R = 0. With Lambda_t = alpha_1 ... alpha_t, the u_t of a chunk solve one
+unit-triangular system,
 
     u_t + e_t sum_{s<t} (Lambda_{t-1} / Lambda_{s-1}) <k_s, k_t> u_s = f_t
-    f_t = b_t g_t + e_t (Lambda_{t-1} W_0 k_t + (1 - Lambda_{t-1}) R k_t)
+    f_t = b_t g_t + e_t Lambda_{t-1} (W_0 - R) k_t
 
 With tokens as columns this is U (I + A) = F, A strictly upper triangular, and the state at the chunk's end is
 
@@ -152,10 +153,8 @@ def delta_chunk(chunk: Chunk) -> Write:
     inputs = driven
     inverted = None
     if erasing is not None:
-        erased = decay.before * recalled
-        if rest is not None:
-            erased = erased + (1 - decay.before) * (rest @ keys)
-        inputs = driven + erased * erasing
+        changed = recalled if rest is None else recalled - rest @ keys
+        inputs = driven + decay.before * changed * erasing
         inverted = inverse((keys.mT @ keys) * decay.between * erasing)
     own = None
     if tokens:

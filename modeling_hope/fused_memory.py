@@ -269,8 +269,8 @@ class _Delta(_WithPlainTwin):
         tokens: int,
     ) -> tuple[torch.Tensor | None, ...]:
         driven = gradients * rates
-        rest_recalled = None if rest is None else rest @ keys
-        erased = before * recalled if rest_recalled is None else torch.lerp(rest_recalled, recalled, before)
+        changed = recalled if rest is None else recalled - rest @ keys
+        erased = before * changed
         inputs = torch.addcmul(driven, erased, erasing)
         gram = keys.mT @ keys
         inverted = inverse((gram * between).mul_(erasing))
@@ -282,7 +282,7 @@ class _Delta(_WithPlainTwin):
         ctx.momentum, ctx.tokens = momentum, tokens
         ctx.save_for_backward(
             state, rest, keys, gradients, recalled, rates, erasing, between, before, after, whole,
-            rest_recalled, driven, inputs, erased, gram, inverted, carried, own,
+            changed, driven, inputs, erased, gram, inverted, carried, own,
         )  # fmt: skip
         return end, sums, own
 
@@ -291,7 +291,7 @@ class _Delta(_WithPlainTwin):
     def backward(ctx: Any, d_end: torch.Tensor, d_sums: torch.Tensor | None, d_own: torch.Tensor | None) -> Any:
         (
             state, rest, keys, gradients, recalled, rates, erasing, between, before, after, whole,
-            rest_recalled, driven, inputs, erased, gram, inverted, carried, own,
+            changed, driven, inputs, erased, gram, inverted, carried, own,
         ) = ctx.saved_tensors  # fmt: skip
         if torch.is_grad_enabled():
 
@@ -331,18 +331,16 @@ class _Delta(_WithPlainTwin):
         d_gradients = d_driven * rates
         d_erasing += (d_inputs * erased).sum(2, keepdim=True)
         d_erased = d_inputs.mul_(erasing)
-        d_recalled = d_erased * before
+        d_before = (d_erased * changed).sum((1, 2), keepdim=True)
+        d_recalled = d_erased.mul_(before)
         d_state = whole * d_end
         if rest is None:
             d_rest = None
-            d_before = (d_erased * recalled).sum((1, 2), keepdim=True)
             d_whole = (d_end * state).sum((1, 2, 3), keepdim=True)
         else:
-            d_before = (d_erased * (recalled - rest_recalled)).sum((1, 2), keepdim=True)
             d_whole = (d_end * (state - rest)).sum((1, 2, 3), keepdim=True)
-            d_rest_recalled = d_erased.sub_(d_recalled)
-            d_rest = torch.baddbmm(_flat(d_end - d_state), _flat(d_rest_recalled), _flat(keys.mT)).view_as(d_end)
-            d_keys += rest.mT @ d_rest_recalled
+            d_rest = _flat(d_end - d_state).baddbmm_(_flat(d_recalled), _flat(keys.mT), alpha=-1).view_as(d_end)
+            d_keys -= rest.mT @ d_recalled
         if erasing.shape[1] < d_erasing.shape[1]:
             d_erasing = d_erasing.sum(1, keepdim=True)
         return (

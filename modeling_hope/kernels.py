@@ -4,7 +4,7 @@ Which implementation writes a chunk: one function decides. Everything works with
 On a CUDA device with `flash-linear-attention` installed, the states at a chunk's end come from its `chunk_comba`, which
 is this rule exactly: for the change S = (W - R)^T,
 
-    S_t = alpha_t S_{t-1} + beta_t k_t (v_t - S_{t-1}^T p_t)^T,    p = k, beta = alpha e, v = -(g b / e + R k)
+    S_t = alpha_t S_{t-1} + beta_t k_t (v_t - S_{t-1}^T p_t)^T,    p = k, beta = alpha e, v = -g b / e
 
 It takes float32, multiplies in TF32 where the device does, and serves keys of at most 256 features. `HOPE_KERNELS=off` in
 the environment turns it off, as a gradient of a gradient needs, and training on a device that FLA's backward pass refuses
@@ -46,7 +46,7 @@ def delta_chunk(chunk: Chunk) -> Write:
     if rest is None:
         after = _by_kernel(kernel, state, keys, driven, erasing, decay)
     else:
-        after = rest + _by_kernel(kernel, state - rest, keys, driven + rest @ keys, erasing, decay)
+        after = rest + _by_kernel(kernel, state - rest, keys, driven, erasing, decay)
     summed = None
     if momentum:
         summed = _by_kernel(kernel, torch.zeros_like(state) if sums is None else sums, keys, driven, erasing, decay)

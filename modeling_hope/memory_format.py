@@ -160,7 +160,7 @@ class _Contents:
             return None
 
         def make() -> MixerState:
-            return mixer.state_class(**{key: tensor.clone() for key, tensor in found.items()}).to(device, dtype)
+            return mixer.state_class(**found).clone().to(device, dtype)
 
         return self.once((device, *((key, id(tensor)) for key, tensor in found.items())), make)
 

@@ -132,7 +132,7 @@ class SlowHead:
 
     def write(self, name: str, k: torch.Tensor, v: torch.Tensor, eta: torch.Tensor, alpha: torch.Tensor) -> None:
         """
-        W_t = W_{t-1} (alpha I - eta key key^T) + (1 - alpha) W_rest - eta g input^T   (Eq. 88), for each map.
+        W_t = W_rest + (W_{t-1} - W_rest) (alpha I - eta key key^T) - eta g input^T, for each map: Eq. 88, where W_rest is 0.
 
         g is the gradient at the map's output, at the weights that the chunk started with (Eq. 90); the target (Eq. 84) is
         constant for it.
@@ -154,7 +154,7 @@ class SlowHead:
             erased = torch.outer(key, key) if c.memory_delta_decay else torch.zeros_like(torch.outer(key, key))
             transition = alpha * torch.eye(len(key), dtype=key.dtype) - eta * erased
             rest = self.rest[name][i] if c.memory_retention == "initial" else torch.zeros_like(self.rest[name][i])
-            self.now[name][i] = self.now[name][i] @ transition + (1 - alpha) * rest - eta * torch.outer(g, x)
+            self.now[name][i] = rest + (self.now[name][i] - rest) @ transition - eta * torch.outer(g, x)
             self.written[name][i] = self.written[name][i] @ transition - eta * torch.outer(g, x)
 
     def end_chunk(self, name: str) -> None:

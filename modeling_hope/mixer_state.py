@@ -62,6 +62,9 @@ class MixerState:
             placed[name] = whole.index_copy(0, rows, part)
         return type(self)(**placed)
 
+    def clone(self: State) -> State:
+        return self._map(torch.Tensor.clone)
+
     def detach(self: State) -> State:
         return self._map(torch.Tensor.detach)
 
@@ -78,4 +81,7 @@ class MixerState:
         return [F.pad(tensor, (0, 0, 0, slots - tensor.shape[-2])) for tensor in tensors]
 
     def _map(self: State, function) -> State:  # type: ignore[no-untyped-def]
-        return type(self)(**{name: function(tensor) for name, tensor in self.tensors.items()})
+        # Where two names hold one tensor, they go on doing so.
+        distinct = {id(tensor): tensor for tensor in self.tensors.values()}
+        mapped = {key: function(tensor) for key, tensor in distinct.items()}
+        return type(self)(**{name: mapped[id(tensor)] for name, tensor in self.tensors.items()})

@@ -59,8 +59,8 @@ class MemoryState(MixerState):
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> MemoryState:
         """The fast weights stay in float32 or better."""
         wide = None if dtype is None else torch.promote_types(dtype, torch.float32)
-        moved = {name: tensor.to(device, dtype if name == "conv" else wide) for name, tensor in self.tensors.items()}
-        return MemoryState(**moved)
+        moved = self._map(lambda tensor: tensor.to(device, wide)).tensors
+        return MemoryState(**{**moved, "conv": self.tensors["conv"].to(device, dtype)})
 
 
 class Group(NamedTuple):
@@ -426,7 +426,7 @@ class SelfModifyingMemory(nn.Module):
         return found
 
     def _state(self, weights: dict[str, FastWeights], kept: torch.Tensor, tail: torch.Tensor) -> MemoryState:
-        tensors = {"conv": tail, "open": kept}
+        tensors, laid_out = {"conv": tail, "open": kept}, {}
         for name, group in self.groups.items():
             own = weights[name]
             kinds: dict[str, Maps | None] = {"now": own.now, "momentum": own.momentum}
@@ -437,7 +437,9 @@ class SelfModifyingMemory(nn.Module):
             for kind, maps in kinds.items():
                 if maps is not None:
                     for map_name, weight in zip(self.memories.map_names, maps, strict=True):
-                        tensors[f"{name}.{kind}.{map_name}"] = weight.unflatten(0, (-1, self.heads))
+                        # At a boundary, the weights are those that the chunk starts with: one tensor.
+                        whole = laid_out.setdefault(id(weight), weight.unflatten(0, (-1, self.heads)))
+                        tensors[f"{name}.{kind}.{map_name}"] = whole
         return MemoryState(**tensors)
 
 

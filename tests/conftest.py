@@ -24,7 +24,13 @@ TINY = {
 }
 
 
-MEMORY = {"layer_types": ["hope_memory"] * 2, "sliding_window": None, "num_memory_heads": 2, "memory_chunk_size": 3}
+MEMORY = {
+    "layer_types": ["hope_memory"] * 2,
+    "sliding_window": None,
+    "num_memory_heads": 2,
+    "memory_chunk_size": 3,
+    "projection_chunk_size": 6,
+}
 FAMILIES = {"attention": {}, "memory": MEMORY, "hybrid": {**MEMORY, "layer_types": ["hope_memory", "full_attention"]}}
 # Blocks as other families have them.
 PLAIN = {"norm_type": "layer_norm", "gated_mlp": False, "mlp_bias": True, "attention_bias": True, "hidden_act": "gelu"}

@@ -32,9 +32,14 @@ CASES = {
     "first level nowhere": {"cms_levels_per_layer": [[1], [2]]},
     "sliding only": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 3, "attention_sinks": 1},
     "no sinks": {"attention_sinks": 0, "sliding_window": 3},
-    "memory": {**MEMORY, "memory_chunk_size": 3},
+    "memory": MEMORY,
     "memory, chunks and reads": {**MEMORY, "memory_chunk_size": 8, "projection_chunk_size": 4, "memory_read": "chunk"},
-    "hybrid": {"layer_types": ["hope_memory", "sliding_attention"], "num_memory_heads": 2, "memory_chunk_size": 5},
+    "hybrid": {
+        "layer_types": ["hope_memory", "sliding_attention"],
+        "num_memory_heads": 2,
+        "memory_chunk_size": 5,
+        "projection_chunk_size": 5,
+    },
     **BLOCKS,
     "gemma, independent": {**BLOCKS["gemma"], "cms_variant": "independent"},
     "olmo, independent": {**BLOCKS["olmo"], "cms_variant": "independent", "cms_aggregation": "gated"},
@@ -117,7 +122,7 @@ def test_learned_rates_are_used(variant):
         assert not torch.allclose(fixed(ids).logits, learned(ids).logits, atol=1e-4)
 
 
-TRAINED = {"attention": {}, "memory": {**MEMORY, "memory_chunk_size": 3}, **BLOCKS}
+TRAINED = {"attention": {}, "memory": MEMORY, **BLOCKS}
 
 
 @pytest.mark.parametrize("fields", TRAINED.values(), ids=TRAINED.keys())

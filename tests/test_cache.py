@@ -27,15 +27,15 @@ def test_a_fork_goes_on_by_itself(model):
 
 def test_select_reorder_and_repeat_share_changes(model):
     memory = HopeCache(model.config, 3)
-    read(model, memory, random_ids(3, 13))
+    read(model, memory, random_ids(3, 19))
     alone = []
     for row in range(3):
         alone.append(HopeCache(model.config))
-        read(model, alone[-1], random_ids(3, 13)[[row]])
+        read(model, alone[-1], random_ids(3, 19)[[row]])
     bytes_of_changes = sum(t.nbytes for name, t in memory.tensors().items() if "levels" in name)
     memory.reorder_cache(torch.tensor([2, 0, 0]))
     memory.batch_repeat_interleave(2)
-    assert memory.batch_size == 6 and memory.seen == [13] * 6
+    assert memory.batch_size == 6 and memory.seen == [19] * 6
     storages = {t.data_ptr() for name, t in memory.tensors().items() if "levels" in name}
     assert len(storages) <= len([name for name in alone[0].tensors() if "levels" in name]) * 2
     assert memory.nbytes() < 6 * alone[0].nbytes() and bytes_of_changes > 0
@@ -103,8 +103,8 @@ def test_bytes_count_all_that_is_held():
     read(model, memory, random_ids(1, 8))
     read(model, memory, random_ids(1, 1))  # with sums of slow weights and changes
     changes = sum(t.nbytes for name, t in memory.tensors().items() if ".change." in name)
-    others = sum(t.nbytes for name, t in memory.tensors().items() if ".change." not in name)
-    assert changes and memory.nbytes() >= 2 * changes + others
+    others = {t.data_ptr(): t.nbytes for name, t in memory.tensors().items() if ".change." not in name}
+    assert changes and memory.nbytes() >= 2 * changes + sum(others.values())
 
 
 def test_a_slow_weight_changed_in_place_is_seen():

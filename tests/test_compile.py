@@ -28,7 +28,7 @@ def fresh_compiler():
 # Tracing takes a while for every operation: one layer of each kind, two chunks and two blocks of queries in 12 tokens.
 SMALL = {"num_hidden_layers": 1, "memory_chunk_size": 8, "cms_periods": [4, None], "cms_learning_rates": [0.7, 0.0]}
 ATTENTION = {**SMALL, "layer_types": ["sliding_attention"], "sliding_window": 8, "attention_sinks": 1}
-MEMORY = {**SMALL, **MEMORY, "layer_types": ["hope_memory"], "memory_chunk_size": 8}
+MEMORY = {**SMALL, **MEMORY, "layer_types": ["hope_memory"], "memory_chunk_size": 8, "projection_chunk_size": 8}
 FEW_STEPS = [ATTENTION, pytest.param({**MEMORY, "memory_chunk_size": 4}, marks=pytest.mark.slow)]
 HYBRID = {**MEMORY, "layer_types": ["hope_memory", "full_attention"], "num_hidden_layers": 2}
 

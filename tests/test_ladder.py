@@ -26,6 +26,7 @@ SMALL = {
         "num_hidden_layers": 1,
         "num_attention_heads": 1,
         "memory_chunk_size": 8,
+        "projection_chunk_size": 8,
         "cms_periods": [8, 16],
         "tie_word_embeddings": True,
     },

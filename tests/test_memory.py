@@ -26,6 +26,7 @@ def memory_config(**fields):
 def mixer_of(seed=0, **fields):
     """A mixer with weights large enough for every write to show."""
     torch.manual_seed(seed)
+    fields = {"projection_chunk_size": fields.get("memory_chunk_size", 16), **fields}
     mixer = SelfModifyingMemory(memory_config(**fields), 0).double()
     for name, parameter in mixer.named_parameters():
         torch.nn.init.normal_(parameter, mean=float(name == "output_norm.weight"), std=0.5)
@@ -645,12 +646,12 @@ def test_pieces_and_ragged_rows_are_one_call_of_each_row(fields):
 @pytest.mark.parametrize(
     "fields",
     [
-        {},
+        {"projection_chunk_size": 4},
         {"projection_chunk_size": 8},
-        {"memory_read": "chunk", "adaptive_projections": ["k", "v", "q", "eta", "alpha"]},
-        {"memory_depth": 1},
+        {"projection_chunk_size": 4, "memory_read": "chunk", "adaptive_projections": ["k", "v", "q", "eta", "alpha"]},
+        {"projection_chunk_size": 4, "memory_depth": 1},
     ],
-    ids=["defaults", "two chunk sizes", "all adaptive", "depth 1"],
+    ids=["one chunk size", "two chunk sizes", "all adaptive", "depth 1"],
 )
 def test_nothing_is_dead_in_the_first_training_step(fields):
     """Every slice by head and memory of every parameter has a gradient, from the loss alone."""
@@ -679,8 +680,9 @@ def test_a_backward_pass_inside_autocast(fields):
         loss = model(ids, labels=ids, use_cache=False).loss
     outside = gradients(loss, list(model.parameters()))
     assert memory.rows[0].updates[0] > 0
+    largest = max(gradient.norm() for gradient in outside)
     for ours, theirs in zip(inside, outside, strict=True):
-        assert (ours - theirs).norm() <= 0.1 * theirs.norm() + 1e-6
+        assert (ours - theirs).norm() <= 0.1 * theirs.norm() + 1e-4 * largest
 
 
 def test_a_bf16_model_remembers_in_float32():
@@ -706,7 +708,7 @@ def test_a_bare_config_is_all_memory():
     config = HopeConfig(vocab_size=10, hidden_size=16, num_hidden_layers=3, num_attention_heads=2)
     assert config.layer_types == ["hope_memory"] * 3
     assert (config.num_memory_heads, config.memory_head_dim) == (2, 8)
-    assert config.projection_chunk_size == config.memory_chunk_size
+    assert (config.memory_chunk_size, config.projection_chunk_size) == (16, 256)
     assert config.adaptive_projections == ["k", "v", "eta", "alpha"]
 
 
@@ -727,7 +729,7 @@ def test_the_largest_rate_is_one_where_the_gradient_erases_as_well(fields, rate)
 @pytest.mark.parametrize(
     ("fields", "rate", "decay"),
     [
-        ({}, 0.02, 0.9995),
+        ({}, 0.025, 0.9995),
         ({"memory_max_rate": 0.01}, 0.005, 0.9995),
         ({"memory_initial_rate": 0.1, "memory_initial_decay": 0.99}, 0.1, 0.99),
     ],

@@ -656,7 +656,12 @@ def test_trainer_takes_each_and_resumes(tmp_path, name, periods):
 
 def test_trainer_takes_them_while_levels_learn(tmp_path):
     """Whose layers are called by passes of their own."""
-    fields = {"layer_types": ["hope_memory", "full_attention"], "num_memory_heads": 2, "memory_chunk_size": 3}
+    fields = {
+        "layer_types": ["hope_memory", "full_attention"],
+        "num_memory_heads": 2,
+        "memory_chunk_size": 3,
+        "projection_chunk_size": 6,
+    }
     name = "delta_gradient_descent"
     losses, _ = train(tmp_path, name, "config", cms_training="first_order", sliding_window=None, **fields)
     assert losses[-1] < losses[0]
