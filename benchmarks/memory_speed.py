@@ -181,7 +181,8 @@ def hope(sizes: argparse.Namespace, **fields: Any) -> Measured:
         num_hidden_layers=sizes.layers,
         num_attention_heads=sizes.width // HEAD_DIM,
         layer_types=["hope_memory"] * sizes.layers,
-        **({"memory_chunk_size": CHUNK} | fields),
+        # Every memory is renewed with the main one: as much work as there can be.
+        **({"memory_chunk_size": CHUNK, "projection_chunk_size": CHUNK} | fields),
     )
     return of_transformers(HopeForCausalLM(config))
 
@@ -193,7 +194,7 @@ def hope_saving_memory(sizes: argparse.Namespace) -> Measured:
 
 
 def hope_short_chunks(sizes: argparse.Namespace) -> Measured:
-    return hope(sizes, memory_chunk_size=16)
+    return hope(sizes, memory_chunk_size=16, projection_chunk_size=16)
 
 
 def llama(sizes: argparse.Namespace) -> Measured:

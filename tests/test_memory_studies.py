@@ -59,3 +59,8 @@ def test_a_stream_that_grows_does_not_pass():
     assert memory_health.verdict(tracks)["pass"]
     assert not memory_health.verdict(tracks | {"change": steady * torch.arange(1.0, 9.0)[:, None]})["pass"]
     assert not memory_health.verdict(tracks | {"logit": steady * torch.nan})["pass"]
+
+
+def test_a_small_change_grows_less_the_seldomer_keys_and_values_are_renewed():
+    often, seldom = (memory_health.small_changes_growth(0.4, renewal) for renewal in (16, 256))
+    assert 0 < 3 * seldom < often

@@ -80,6 +80,7 @@ RUNGS = {
     "with_q": _memory("ablation", "queries by a memory, too", adaptive_projections=["k", "v", "q", "eta", "alpha"]),
     "chunk_read": _memory("defaults", "read as the chunk found it", memory_read="chunk"),
     "chunks_of_16": _memory("defaults", "chunks of 16 tokens", memory_chunk_size=16),
+    "renewed_together": _memory("defaults", "keys and values renewed every 32 tokens, too", projection_chunk_size=32),
     "faster_start": _memory("defaults", "rates begin at 0.1", memory_initial_rate=0.1),
     "shorter_start": _memory("defaults", "decays begin at 0.995", memory_initial_decay=0.995),
 }
