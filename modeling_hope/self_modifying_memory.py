@@ -426,7 +426,8 @@ class SelfModifyingMemory(nn.Module):
         return found
 
     def _state(self, weights: dict[str, FastWeights], kept: torch.Tensor, tail: torch.Tensor) -> MemoryState:
-        tensors, laid_out = {"conv": tail, "open": kept}, {}
+        tensors = {"conv": tail, "open": kept}
+        laid_out: dict[int, torch.Tensor] = {}
         for name, group in self.groups.items():
             own = weights[name]
             kinds: dict[str, Maps | None] = {"now": own.now, "momentum": own.momentum}
