@@ -228,9 +228,11 @@ class AttentionPlan:
         cached = cached[:, :, : self.cached]
         if self.packed is None:
             return torch.cat([cached, new], dim=2)
+        # As `cat` would; autocast makes new keys narrower than those of a cache.
+        dtype = torch.promote_types(cached.dtype, new.dtype)
         # One slot more takes what is no token.
-        room = F.pad(cached, (0, 0, 0, self.slots + 1 - self.cached))
-        return room.scatter_(2, _by_slot(self.packed, new), new)[:, :, : self.slots]
+        room = F.pad(cached.to(dtype), (0, 0, 0, self.slots + 1 - self.cached))
+        return room.scatter(2, _by_slot(self.packed, new), new.to(dtype))[:, :, : self.slots]
 
     def keep(self, keys: torch.Tensor) -> torch.Tensor:
         """What a cache keeps of packed keys, `[batch, heads, kept, head_dim]`."""
